@@ -1,0 +1,119 @@
+"""Layers and small functions that the networks are built from.
+
+Shapes: N batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+NORM_GROUPS = 32
+
+SiLU = nn.SiLU
+linear = nn.Linear
+
+
+class GroupNorm32(nn.GroupNorm):
+    """Group normalisation whose statistics are computed in float32 whatever the input's type."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.float()).to(x.dtype)
+
+
+def normalization(channels: int) -> nn.Module:
+    """Group normalisation over 32 groups of ``channels`` (a multiple of 32)."""
+    return GroupNorm32(NORM_GROUPS, channels)
+
+
+def conv_nd(dims: int, *args: object, **kwargs: object) -> nn.Module:
+    """A convolution over ``dims`` (1, 2 or 3) spatial dimensions."""
+    layers = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+    if dims not in layers:
+        raise ValueError(f"a convolution has 1, 2 or 3 spatial dimensions, not {dims}")
+    return layers[dims](*args, **kwargs)
+
+
+def avg_pool_nd(dims: int, *args: object, **kwargs: object) -> nn.Module:
+    """Average pooling over ``dims`` (1, 2 or 3) spatial dimensions."""
+    layers = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+    if dims not in layers:
+        raise ValueError(f"pooling has 1, 2 or 3 spatial dimensions, not {dims}")
+    return layers[dims](*args, **kwargs)
+
+
+@torch.no_grad()
+def zero_module(module: nn.Module) -> nn.Module:
+    """Set every parameter of ``module`` to 0 and return it.
+
+    A residual branch that ends in such a layer starts as the identity.
+    """
+    return scale_module(module, 0.0)
+
+
+@torch.no_grad()
+def scale_module(module: nn.Module, scale: float) -> nn.Module:
+    """Multiply every parameter of ``module`` by ``scale`` and return it."""
+    for parameter in module.parameters():
+        parameter.mul_(scale)
+    return module
+
+
+def mean_flat(x: torch.Tensor) -> torch.Tensor:
+    """Mean over all dimensions but the first: [N, ...] -> [N]."""
+    return x.flatten(1).mean(dim=1)
+
+
+@torch.no_grad()
+def update_ema(
+    target_params: Iterable[torch.Tensor],
+    source_params: Iterable[torch.Tensor],
+    rate: float = 0.99,
+) -> None:
+    """Move ``target_params`` in place towards ``source_params``.
+
+    ``target = rate * target + (1 - rate) * source``: a rate closer to 1 moves more slowly.
+    All parameters are updated by one multi-tensor operation.
+    """
+    torch._foreach_lerp_(list(target_params), list(source_params), 1.0 - rate)
+
+
+def timestep_embedding(
+    timesteps: torch.Tensor, dim: int, max_period: float = 10000
+) -> torch.Tensor:
+    """Sinusoidal embedding of (possibly fractional) timesteps, Vaswani et al. 2017, section 3.5.
+
+    :param timesteps: [N], any real numbers.
+    :param dim: width of the embedding; an odd width gets a last column of zeros.
+    :param max_period: the longest period is ``2 * pi * max_period``.
+    :return: [N, dim] float32: ``dim // 2`` cosines, then as many sines.
+    """
+    half = dim // 2
+    frequencies = torch.exp(
+        torch.arange(half, dtype=torch.float32, device=timesteps.device)
+        * (-math.log(max_period) / half)
+    )
+    angles = timesteps.float()[:, None] * frequencies[None]
+    embedding = torch.cat([angles.cos(), angles.sin()], dim=1)
+    return nn.functional.pad(embedding, (0, dim % 2))
+
+
+def checkpoint(
+    func: Callable[..., torch.Tensor],
+    inputs: Sequence[torch.Tensor],
+    params: Iterable[torch.Tensor],
+    flag: bool,
+) -> torch.Tensor:
+    """Evaluate ``func(*inputs)``, without keeping its intermediate activations if ``flag``.
+
+    The backward pass then evaluates ``func`` a second time, with the random state of the first,
+    so that dropout falls on the same units. ``params`` are found by autograd itself; the argument
+    stays for the reference's call form.
+    """
+    if not flag:
+        return func(*inputs)
+    return torch_checkpoint(func, *inputs, use_reentrant=False)

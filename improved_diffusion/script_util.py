@@ -1,0 +1,500 @@
+"""Flags, and what is built from them: networks, processes, and both from a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from improved_diffusion import checkpoint, schedules
+from improved_diffusion.gaussian_diffusion import (
+    GaussianDiffusion,
+    LossType,
+    ModelMeanType,
+    ModelVarType,
+)
+from improved_diffusion.respace import SpacedDiffusion, space_timesteps
+from improved_diffusion.unet import SuperResModel, UNetModel
+
+NUM_CLASSES = 1000
+
+# Width of each level; 32, 64 and 256 are the reference's.
+CHANNEL_MULT = {
+    512: (0.5, 1, 1, 2, 2, 4, 4),
+    256: (1, 1, 2, 2, 4, 4),
+    128: (1, 1, 2, 3, 4),
+    64: (1, 2, 3, 4),
+    32: (1, 2, 2, 2),
+}
+
+HELP = {
+    "in_channels": "channels of the images; by default as many as --channels names",
+    "image_size": "width and height at which the network works; slices of another size are resized",
+    "num_channels": "base width of the U-Net, a multiple of 32",
+    "num_res_blocks": "residual blocks per level of the U-Net",
+    "num_heads": "attention heads",
+    "num_heads_upsample": "attention heads on the way up (-1: as --num_heads)",
+    "attention_resolutions": "image sizes at which attention is used, separated by commas",
+    "channel_mult": "width of each level as a multiple of --num_channels, separated by commas; "
+    "empty: by image size, for 32, 64, 128, 256 and 512",
+    "dropout": "dropout rate in the residual blocks",
+    "class_cond": "train a class-conditional model",
+    "use_checkpoint": "save memory by computing activations again in the backward pass",
+    "use_scale_shift_norm": "the timestep scales and shifts normalised activations (FiLM)",
+    "learn_sigma": "learn the variance of the reverse steps",
+    "sigma_small": "without --learn_sigma: the posterior's variance instead of beta",
+    "diffusion_steps": "timesteps of the process",
+    "noise_schedule": f"how noise grows over the timesteps: {', '.join(schedules.NAMES)}",
+    "timestep_respacing": "use fewer timesteps: 250, or 10,15,20 for sections, or ddim50; "
+    "empty: all",
+    "use_kl": "minimise the variational bound L_vlb instead of L_hybrid",
+    "predict_xstart": "the network predicts the image instead of the noise",
+    "predict_v": "the network predicts the velocity instead of the noise",
+    "rescale_timesteps": "tell the network the timesteps as floats from 0 to 1000",
+    "rescale_learned_sigmas": "weight the bound's term by diffusion_steps / 1000",
+    "large_size": "size of the images to make",
+    "small_size": "size of the images to start from",
+}
+
+# A flag of these must have its training value; the others may change from use to use.
+FIXED_BY_TRAINING = (
+    "in_channels",
+    "image_size",
+    "num_channels",
+    "num_res_blocks",
+    "num_heads",
+    "num_heads_upsample",
+    "attention_resolutions",
+    "channel_mult",
+    "class_cond",
+    "use_scale_shift_norm",
+    "learn_sigma",
+    "diffusion_steps",
+    "noise_schedule",
+    "predict_xstart",
+    "predict_v",
+    "rescale_timesteps",
+)
+
+
+def model_and_diffusion_defaults() -> dict[str, Any]:
+    """Flags of the network and the process with the defaults of the report's tables 2 and 3."""
+    return {
+        "in_channels": 3,
+        "image_size": 64,
+        "num_channels": 128,
+        "num_res_blocks": 2,
+        "num_heads": 4,
+        "num_heads_upsample": -1,
+        "attention_resolutions": "16,8",
+        "channel_mult": "",
+        "dropout": 0.0,
+        "class_cond": False,
+        "use_checkpoint": False,
+        "use_scale_shift_norm": True,
+        "learn_sigma": True,
+        "sigma_small": False,
+        "diffusion_steps": 1000,
+        "noise_schedule": "linear",
+        "timestep_respacing": "",
+        "use_kl": False,
+        "predict_xstart": False,
+        "predict_v": False,
+        "rescale_timesteps": True,
+        "rescale_learned_sigmas": True,
+    }
+
+
+def sr_model_and_diffusion_defaults() -> dict[str, Any]:
+    """The same for a super-resolution model, with two sizes instead of one."""
+    flags = model_and_diffusion_defaults()
+    del flags["image_size"], flags["sigma_small"]
+    return {"large_size": 256, "small_size": 64, **flags}
+
+
+def create_model_and_diffusion(
+    image_size: int,
+    class_cond: bool,
+    learn_sigma: bool,
+    sigma_small: bool,
+    num_channels: int,
+    num_res_blocks: int,
+    num_heads: int,
+    num_heads_upsample: int,
+    attention_resolutions: str,
+    dropout: float,
+    diffusion_steps: int,
+    noise_schedule: str,
+    timestep_respacing: str,
+    use_kl: bool,
+    predict_xstart: bool,
+    rescale_timesteps: bool,
+    rescale_learned_sigmas: bool,
+    use_checkpoint: bool,
+    use_scale_shift_norm: bool,
+    in_channels: int = 3,
+    channel_mult: str = "",
+    predict_v: bool = False,
+) -> tuple[UNetModel, GaussianDiffusion]:
+    """A network and its process; the arguments are the flags of :data:`HELP`."""
+    model = create_model(
+        image_size,
+        num_channels,
+        num_res_blocks,
+        learn_sigma=learn_sigma,
+        class_cond=class_cond,
+        use_checkpoint=use_checkpoint,
+        attention_resolutions=attention_resolutions,
+        num_heads=num_heads,
+        num_heads_upsample=num_heads_upsample,
+        use_scale_shift_norm=use_scale_shift_norm,
+        dropout=dropout,
+        in_channels=in_channels,
+        channel_mult=channel_mult,
+    )
+    diffusion = create_gaussian_diffusion(
+        steps=diffusion_steps,
+        learn_sigma=learn_sigma,
+        sigma_small=sigma_small,
+        noise_schedule=noise_schedule,
+        use_kl=use_kl,
+        predict_xstart=predict_xstart,
+        rescale_timesteps=rescale_timesteps,
+        rescale_learned_sigmas=rescale_learned_sigmas,
+        timestep_respacing=timestep_respacing,
+        predict_v=predict_v,
+    )
+    return model, diffusion
+
+
+def create_model(
+    image_size: int,
+    num_channels: int,
+    num_res_blocks: int,
+    learn_sigma: bool,
+    class_cond: bool,
+    use_checkpoint: bool,
+    attention_resolutions: str,
+    num_heads: int,
+    num_heads_upsample: int,
+    use_scale_shift_norm: bool,
+    dropout: float,
+    in_channels: int = 3,
+    channel_mult: str = "",
+) -> UNetModel:
+    """A network for images of ``in_channels`` channels."""
+    return UNetModel(
+        in_channels=in_channels,
+        model_channels=num_channels,
+        out_channels=in_channels * (2 if learn_sigma else 1),
+        num_res_blocks=num_res_blocks,
+        dropout=dropout,
+        num_classes=NUM_CLASSES if class_cond else None,
+        use_checkpoint=use_checkpoint,
+        num_heads=num_heads,
+        num_heads_upsample=num_heads_upsample,
+        use_scale_shift_norm=use_scale_shift_norm,
+        **_levels(image_size, channel_mult, attention_resolutions),
+    )
+
+
+def sr_create_model_and_diffusion(
+    large_size: int,
+    small_size: int,
+    class_cond: bool,
+    learn_sigma: bool,
+    num_channels: int,
+    num_res_blocks: int,
+    num_heads: int,
+    num_heads_upsample: int,
+    attention_resolutions: str,
+    dropout: float,
+    diffusion_steps: int,
+    noise_schedule: str,
+    timestep_respacing: str,
+    use_kl: bool,
+    predict_xstart: bool,
+    rescale_timesteps: bool,
+    rescale_learned_sigmas: bool,
+    use_checkpoint: bool,
+    use_scale_shift_norm: bool,
+    in_channels: int = 3,
+    channel_mult: str = "",
+    predict_v: bool = False,
+) -> tuple[SuperResModel, GaussianDiffusion]:
+    """A super-resolution network and its process."""
+    model = sr_create_model(
+        large_size,
+        small_size,
+        num_channels,
+        num_res_blocks,
+        learn_sigma=learn_sigma,
+        class_cond=class_cond,
+        use_checkpoint=use_checkpoint,
+        attention_resolutions=attention_resolutions,
+        num_heads=num_heads,
+        num_heads_upsample=num_heads_upsample,
+        use_scale_shift_norm=use_scale_shift_norm,
+        dropout=dropout,
+        in_channels=in_channels,
+        channel_mult=channel_mult,
+    )
+    diffusion = create_gaussian_diffusion(
+        steps=diffusion_steps,
+        learn_sigma=learn_sigma,
+        noise_schedule=noise_schedule,
+        use_kl=use_kl,
+        predict_xstart=predict_xstart,
+        rescale_timesteps=rescale_timesteps,
+        rescale_learned_sigmas=rescale_learned_sigmas,
+        timestep_respacing=timestep_respacing,
+        predict_v=predict_v,
+    )
+    return model, diffusion
+
+
+def sr_create_model(
+    large_size: int,
+    small_size: int,
+    num_channels: int,
+    num_res_blocks: int,
+    learn_sigma: bool,
+    class_cond: bool,
+    use_checkpoint: bool,
+    attention_resolutions: str,
+    num_heads: int,
+    num_heads_upsample: int,
+    use_scale_shift_norm: bool,
+    dropout: float,
+    in_channels: int = 3,
+    channel_mult: str = "",
+) -> SuperResModel:
+    """A network that makes images of ``large_size``; it takes any smaller ``small_size``."""
+    if not 0 < small_size <= large_size:
+        raise ValueError(
+            f"--small_size {small_size} must be between 1 and --large_size {large_size}"
+        )
+    return SuperResModel(
+        in_channels,
+        model_channels=num_channels,
+        out_channels=in_channels * (2 if learn_sigma else 1),
+        num_res_blocks=num_res_blocks,
+        dropout=dropout,
+        num_classes=NUM_CLASSES if class_cond else None,
+        use_checkpoint=use_checkpoint,
+        num_heads=num_heads,
+        num_heads_upsample=num_heads_upsample,
+        use_scale_shift_norm=use_scale_shift_norm,
+        **_levels(large_size, channel_mult, attention_resolutions),
+    )
+
+
+def _levels(image_size: int, channel_mult: str, attention_resolutions: str) -> dict[str, Any]:
+    """The U-Net's levels from the flags: widths, and the factors at which attention is used."""
+    if channel_mult:
+        mult = _numbers("channel_mult", channel_mult, float)
+    elif image_size in CHANNEL_MULT:
+        mult = CHANNEL_MULT[image_size]
+    else:
+        known = ", ".join(str(size) for size in sorted(CHANNEL_MULT))
+        raise ValueError(
+            f"--image_size {image_size} has no default widths (sizes {known} do); "
+            "give --channel_mult, for example 1,2,3,4"
+        )
+    deepest = 2 ** (len(mult) - 1)
+    if image_size % deepest:
+        raise ValueError(
+            f"--image_size {image_size} cannot be halved {len(mult) - 1} times, as the "
+            f"{len(mult)} levels of the U-Net need: choose a multiple of {deepest}, or fewer "
+            "numbers in --channel_mult"
+        )
+    resolutions = _numbers("attention_resolutions", attention_resolutions, int)
+    for resolution in resolutions:
+        if not 0 < resolution <= image_size or image_size % resolution:
+            raise ValueError(
+                f"--attention_resolutions {attention_resolutions}: {resolution} is not "
+                f"--image_size {image_size} divided by a whole number"
+            )
+    return {
+        "channel_mult": mult,
+        "attention_resolutions": tuple(image_size // resolution for resolution in resolutions),
+    }
+
+
+def _numbers(flag: str, text: str, kind: type) -> tuple[Any, ...]:
+    try:
+        return tuple(kind(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise ValueError(
+            f"--{flag} {text}: expected numbers separated by commas, for example 16,8"
+        ) from None
+
+
+def create_gaussian_diffusion(
+    *,
+    steps: int = 1000,
+    learn_sigma: bool = False,
+    sigma_small: bool = False,
+    noise_schedule: str = "linear",
+    use_kl: bool = False,
+    predict_xstart: bool = False,
+    rescale_timesteps: bool = False,
+    rescale_learned_sigmas: bool = False,
+    timestep_respacing: str | Sequence[int] = "",
+    predict_v: bool = False,
+) -> SpacedDiffusion:
+    """A process; ``timestep_respacing`` as for :func:`respace.space_timesteps`, empty: all steps.
+
+    :raises ValueError: for unknown or contradictory settings.
+    """
+    if predict_xstart and predict_v:
+        raise ValueError("--predict_xstart and --predict_v exclude each other; set at most one")
+    if predict_xstart:
+        mean_type = ModelMeanType.START_X
+    elif predict_v:
+        mean_type = ModelMeanType.VELOCITY
+    else:
+        mean_type = ModelMeanType.EPSILON
+    if learn_sigma:
+        var_type = ModelVarType.LEARNED_RANGE
+    elif sigma_small:
+        var_type = ModelVarType.FIXED_SMALL
+    else:
+        var_type = ModelVarType.FIXED_LARGE
+    if use_kl:
+        loss_type = LossType.RESCALED_KL
+    elif rescale_learned_sigmas:
+        loss_type = LossType.RESCALED_MSE
+    else:
+        loss_type = LossType.MSE
+    return SpacedDiffusion(
+        use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
+        betas=schedules.get_named_beta_schedule(noise_schedule, steps),
+        model_mean_type=mean_type,
+        model_var_type=var_type,
+        loss_type=loss_type,
+        rescale_timesteps=rescale_timesteps,
+    )
+
+
+@dataclass
+class Loaded:
+    """What a checkpoint gives, ready for use."""
+
+    model: UNetModel
+    diffusion: SpacedDiffusion
+    flags: dict[str, Any]
+    metadata: dict[str, Any]
+    weights: OrderedDict[str, torch.Tensor]
+
+    @property
+    def channels(self) -> list[str]:
+        """Names of the image channels, empty where the checkpoint doesn't tell."""
+        return list(self.metadata.get("channels", []))
+
+
+def load_model_and_diffusion(path: str, given: dict[str, Any] | None = None) -> Loaded:
+    """Build the network and the process of a checkpoint and load its weights.
+
+    :param path: a model or EMA file. Flags that it doesn't hold (files of the reference hold
+        none) come from ``given`` and the defaults.
+    :param given: flags that the user named. Those that training has fixed must agree with the
+        checkpoint's; the others replace them.
+    :raises ValueError: for an unreadable file, a contradiction or another architecture.
+    """
+    given = given or {}
+    weights = checkpoint.load_weights(path)
+    metadata = checkpoint.metadata_of(weights)
+    trained = metadata.get("flags", {})
+    for name in FIXED_BY_TRAINING:
+        if name in given and name in trained and given[name] != trained[name]:
+            raise ValueError(
+                f"--{name} {given[name]} contradicts {path}, which was trained with "
+                f"--{name} {trained[name]}; leave the flag out"
+            )
+    defaults = model_and_diffusion_defaults()
+    flags = {name: {**defaults, **trained, **given}[name] for name in defaults}
+    model, diffusion = create_model_and_diffusion(**flags)
+    checkpoint.load_into(model, weights, path)
+    return Loaded(model, diffusion, flags, metadata, weights)
+
+
+# Command lines
+
+
+def add_dict_to_argparser(
+    parser: argparse.ArgumentParser,
+    default_dict: dict[str, Any],
+    help_texts: Mapping[str, str] = HELP,
+) -> None:
+    """Add a flag for each entry, of its default's type and explained by ``help_texts``.
+
+    ``None`` as a default stands for text. Booleans are given as ``True`` or ``False``.
+    """
+    for name, default in default_dict.items():
+        kind: Any = str if default is None else type(default)
+        help_text = help_texts.get(name, "")
+        if default not in (None, ""):
+            help_text = f"{help_text} (default: {default})".strip()
+        parser.add_argument(
+            f"--{name}",
+            default=default,
+            type=str2bool if kind is bool else kind,
+            metavar=name.upper() if kind is not bool else "True|False",
+            help=help_text.replace("%", "%%"),
+        )
+
+
+def script_parser(
+    description: str, title: str, flags: Mapping[str, tuple[Any, str]]
+) -> argparse.ArgumentParser:
+    """A parser of a script's own flags (name: default and explanation) and the model's."""
+    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    defaults = {name: default for name, (default, _) in flags.items()}
+    texts = {name: text for name, (_, text) in flags.items()}
+    add_dict_to_argparser(parser.add_argument_group(title), defaults, texts)
+    group = parser.add_argument_group(
+        "network and process", "A checkpoint's own values count where there is one."
+    )
+    add_dict_to_argparser(group, model_and_diffusion_defaults())
+    return parser
+
+
+def given_flags(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """Only the flags that ``argv`` (default: the command line) names, with their values."""
+    unset = object()
+    names = [action.dest for action in parser._actions if action.dest != "help"]
+    # argparse gives a default only to what the namespace lacks.
+    namespace = argparse.Namespace(**dict.fromkeys(names, unset))
+    parser.parse_args(argv, namespace)
+    return {name: value for name, value in vars(namespace).items() if value is not unset}
+
+
+def model_flags_of(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``flags`` that describe the network and the process."""
+    return {name: flags[name] for name in model_and_diffusion_defaults() if name in flags}
+
+
+def args_to_dict(args: argparse.Namespace, keys: Iterable[str]) -> dict[str, Any]:
+    """The entries ``keys`` of ``args``."""
+    return {key: getattr(args, key) for key in keys}
+
+
+def str2bool(v: str | bool) -> bool:
+    """``True`` or ``False`` from their usual spellings.
+
+    :raises argparse.ArgumentTypeError: for anything else.
+    """
+    if isinstance(v, bool):
+        return v
+    if v.lower() in ("yes", "true", "t", "y", "1"):
+        return True
+    if v.lower() in ("no", "false", "f", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected True or False, not {v!r}")

@@ -1,0 +1,38 @@
+from pathlib import Path
+
+from setuptools import setup
+
+HERE = Path(__file__).parent
+VERSION = next(
+    line.split('"')[1]
+    for line in (HERE / "improved_diffusion" / "__init__.py").read_text().splitlines()
+    if line.startswith("__version__")
+)
+
+setup(
+    name="improved-diffusion",
+    version=VERSION,
+    description="Multi-channel diffusion models for brain-MRI slices with their tumour masks",
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=["improved_diffusion"],
+    py_modules=["brats_dataset"],
+    install_requires=[
+        "torch>=2.4",
+        "numpy>=1.24",
+        "nibabel>=5.0",
+        "pillow>=9.5",
+        "blobfile>=2.0",
+        "mpi4py>=3.1",
+        "tqdm>=4.60",
+    ],
+    extras_require={
+        "plots": ["matplotlib>=3.7"],
+        "tensorboard": ["tensorboard>=2.12"],
+        # mpi4py needs an MPI library only for runs of several processes; this one comes as a wheel.
+        "mpi": ["mpich"],
+        "test": ["matplotlib>=3.7", "pytest>=7.4", "pytest-xdist>=3.3", "ruff==0.17.6"],
+    },
+)
