@@ -11,7 +11,10 @@ older one is kept as output_DATE_TIME.txt). One run at a time in a folder; kill_
 A .py file is run by \$PYTHON, else by the active virtual environment, else by .venv/bin/python
 beside run_script.sh, else by python3; a .sh file by bash; anything else must be executable.
 
-Exit status: 0 started; 1 not started; 2 wrong use; the script's own if it ends within a second."
+The first 5 seconds (\$RUN_SCRIPT_WATCH, a whole number) are watched: a script that ends in them shows
+its last lines here.
+
+Exit status: 0 started; 1 not started; 2 wrong use; the script's own if it ends while watched."
 
 fail() { # STATUS SENTENCE
     printf 'run_script.sh: %s\n' "$2" >&2
@@ -99,9 +102,10 @@ fi
 IMPROVED_DIFFUSION_RUN=$folder PYTHONUNBUFFERED=1 nohup "$@" </dev/null >>output.txt 2>&1 &
 pid=$!
 
-# A wrong flag shows itself at once, and should not have to be looked for in output.txt.
+# A wrong flag shows itself once the imports are done, and should not have to be looked for in
+# output.txt.
 until [ -s PID_current.txt ] || ! kill -0 "$pid" 2>/dev/null; do sleep 0.05; done
-for _ in {1..10}; do
+for ((tenth = 0; tenth < 10 * ${RUN_SCRIPT_WATCH:-5}; tenth++)); do
     if ! kill -0 "$pid" 2>/dev/null; then
         wait "$pid"
         status=$?

@@ -38,7 +38,7 @@ class Folder:
         self.path, self.tools = path, tools
         self.pid_file = path / "PID_current.txt"
         self.output = path / "output.txt"
-        self.env = {**os.environ, "PYTHON": sys.executable}
+        self.env = {**os.environ, "PYTHON": sys.executable, "RUN_SCRIPT_WATCH": "1"}
         self.env.pop(MARK, None)
 
     def write(self, name, text):

@@ -1,0 +1,467 @@
+"""Prepared BraTS slices as training batches.
+
+A slice folder holds one folder per channel with one 8-bit grey PNG per slice; ``dataset.json``
+(written by ``scripts/brats_prepare.py``) adds the split by patient and what must be there. A folder
+without it works too and is all training data.
+
+Legend: N batch, C channels in the fixed order FLAIR, Seg, T1, T1CE, T2, H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import atexit
+import signal
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import blobfile as bf
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from improved_diffusion import brats
+
+# The two defaults, which flags and arguments override: the channels to train on, and the folder of
+# the slices.
+CHANNELS = ["T1CE", "Seg"]
+ROOT = "./brats2020_313subjects_noaugmentation_singlesegmentationchannel_min15percentcoverage"
+
+SPLITS = ("train", "test", "all")
+
+
+class load_channels_from_dir(Dataset):
+    """Slices as float32 tensors [C, H, W] in [-1, 1] (level / 127.5 - 1), each with an empty dict.
+
+    :param channel_paths: for every slice the list of its files, one per channel.
+    :param transform: called with a slice's tensor; gives what to use instead.
+    :param return_class: must be False: slice folders have no class labels.
+    :param image_size: H and W to resize to: images by area averaging, the mask by nearest
+        neighbour; None keeps the stored size.
+    :param channels: channel names in the order of the files; None: told by the files' folders.
+        Only which one is the mask matters.
+    :raises ValueError: no slices, or (when a slice is read) a file that is not what it should be.
+    """
+
+    def __init__(
+        self,
+        channel_paths: Sequence[Sequence[str]],
+        transform: Callable[[torch.Tensor], torch.Tensor] | None = None,
+        return_class: bool = False,
+        *,
+        image_size: int | None = None,
+        channels: Sequence[str] | None = None,
+    ) -> None:
+        super().__init__()
+        if return_class:
+            raise ValueError("return_class=True: slice folders have no class labels.")
+        if len(channel_paths) == 0:
+            raise ValueError("there are no slices to load: channel_paths is empty.")
+        if channels is None:
+            channels = [bf.basename(bf.dirname(path)) for path in channel_paths[0]]
+        self.channel_paths = channel_paths
+        self.num_channel = len(channel_paths[0])
+        self.transform = transform
+        self.image_size = image_size
+        self._is_mask = [channel == brats.MASK_CHANNEL for channel in channels]
+
+    def __len__(self) -> int:
+        return len(self.channel_paths)
+
+    def __getitem__(self, idx: int | torch.Tensor) -> tuple[torch.Tensor, dict]:
+        paths = self.channel_paths[int(idx)]
+        planes = [_read_levels(path) for path in paths]
+        for path, plane in zip(paths, planes):
+            if plane.size != planes[0].size:
+                raise ValueError(
+                    f"{path} has {_size_text(plane.size)} pixels but {paths[0]} has"
+                    f" {_size_text(planes[0].size)}: all channels of a slice must have one size."
+                )
+        if self.image_size is not None:
+            planes = [
+                _resize(plane, self.image_size, is_mask)
+                for plane, is_mask in zip(planes, self._is_mask)
+            ]
+        levels = np.stack([np.asarray(plane, dtype=np.float64) for plane in planes])
+        slice_ = torch.from_numpy((levels / 127.5 - 1).astype(np.float32))  # [C, H, W]
+        if self.transform is not None:
+            slice_ = self.transform(slice_)
+        return slice_, {}
+
+
+def get_BRATS_paths(  # noqa: N802 (the report's name)
+    channels_to_include: Sequence[str], root: str | None = None, split: str = "train"
+) -> list[list[str]]:
+    """Files of every slice: one list per slice with one path per channel, in the fixed order.
+
+    Files are paired by stem (their name without extension and channel suffix), never by position,
+    and slices come in the natural order of their stems.
+
+    :param channels_to_include: channel names, in any order.
+    :param root: slice folder, local or remote; None: ``ROOT``.
+    :param split: ``train``, ``test`` or ``all``, as ``dataset.json`` says; a folder without that
+        file is all training data.
+    :raises ValueError: an unknown channel, a missing folder, a file that is missing or that should
+        not be there, or a split without slices.
+    """
+    root = root or ROOT
+    if split not in SPLITS:
+        raise ValueError(f"--split {split}: the splits are {', '.join(SPLITS)}.")
+    channels = brats.parse_channels(",".join(channels_to_include))
+    if not bf.isdir(root):
+        raise ValueError(
+            f"there is no slice folder {root}: name one with --data_dir, or make one with"
+            " scripts/brats_prepare.py."
+        )
+    for channel in channels:
+        if not bf.isdir(bf.join(root, channel)):
+            raise ValueError(
+                f"{root} has no folder {channel}: it must hold one folder of PNG files for each of"
+                f" the channels {', '.join(channels)}."
+            )
+    dataset = brats.read_dataset_json(root)
+    files = {channel: _files_by_stem(bf.join(root, channel), channel) for channel in channels}
+    if dataset is None:
+        if split == "test":
+            raise ValueError(
+                f"{root} has no {brats.DATASET_FILE}, so all of it is training data: there is no"
+                " test split to load."
+            )
+        stems = _stems_in_agreement(root, files)
+    else:
+        stems = _stems_of_split(root, files, dataset, split)
+    if not stems:
+        raise ValueError(f"{root} holds no slice of the split {split!r}.")
+    return [
+        [bf.join(root, channel, files[channel][stem]) for channel in channels]
+        for stem in sorted(stems, key=brats.natural_key)
+    ]
+
+
+def load_data(
+    *,
+    batch_size: int,
+    image_size: int,
+    class_cond: bool = False,
+    deterministic: bool = False,
+    brats_channels: Sequence[str] | None = None,
+    data_dir: str | None = None,
+    split: str = "train",
+    seed: int = 0,
+    start_batch: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    num_workers: int = 1,
+) -> Iterator[tuple[torch.Tensor, dict]]:
+    """Endless batches of slices: float32 [N, C, H, W] in [-1, 1], each with an empty dict.
+
+    Every epoch visits the slices once in an order of its own that depends on ``seed`` and the
+    epoch's number alone; its last incomplete batch is dropped. Everything that can be checked
+    without decoding the pixels is checked before this returns.
+
+    :param batch_size: N, slices per batch and process.
+    :param image_size: H and W; other than the stored size, slices are resized.
+    :param class_cond: must be False: slice folders have no class labels.
+    :param deterministic: keep the natural order of the slices in every epoch.
+    :param brats_channels: channel names; None: ``CHANNELS``.
+    :param data_dir: slice folder; None or empty: ``ROOT``.
+    :param split: ``train``, ``test`` or ``all``.
+    :param start_batch: batches that an earlier run has consumed; the next one comes first.
+    :param rank: of this process; with ``world_size`` processes a batch of
+        ``batch_size * world_size`` slices is shared out in contiguous parts.
+    :param num_workers: processes that decode; 0: decode in this one.
+    :raises ValueError: anything wrong with the folder, a file or the settings; also from the
+        iterator, when a file turns out to be unreadable.
+    """
+    brats.check_seed(seed)
+    if class_cond:
+        raise ValueError("--class_cond True: slice folders have no class labels; leave it False.")
+    channels = list(CHANNELS if brats_channels is None else brats_channels)
+    paths = get_BRATS_paths(channels, data_dir, split)
+    _check_headers([path for files in paths for path in files])
+    global_batch = batch_size * world_size
+    if not 1 <= global_batch <= len(paths):
+        across = f" on each of {world_size} processes" if world_size > 1 else ""
+        raise ValueError(
+            f"--batch_size {batch_size}{across}: {data_dir or ROOT} has {len(paths)} slices in the"
+            f" split {split!r}, so a batch can hold 1 to {len(paths) // world_size}."
+        )
+    assert 0 <= rank < world_size, (rank, world_size)
+    dataset = load_channels_from_dir(paths, image_size=image_size)
+    batches = _EndlessBatches(
+        len(paths), batch_size, seed, start_batch, rank, world_size, shuffle=not deterministic
+    )
+    loader = DataLoader(
+        _ErrorsAsItems(dataset),
+        batch_sampler=batches,
+        num_workers=num_workers,
+        collate_fn=_collate,
+        worker_init_fn=_ignore_signals,
+        pin_memory=torch.cuda.is_available(),
+        # A generator of its own: starting the loader must not disturb the global random state.
+        generator=torch.Generator().manual_seed(seed),
+    )
+    return _iterate(loader)
+
+
+def resolve_channels(channels: str | None, in_channels: int | None) -> list[str]:
+    """Channel names, in the fixed order, from the flags ``--channels`` and ``--in_channels``.
+
+    :param channels: comma-separated names; None or empty: follows ``in_channels``.
+    :param in_channels: 5 means all, 2 T1CE and Seg, 1 T1CE (or ``CHANNELS``, where it has that many
+        names); None: ``CHANNELS``.
+    :raises ValueError: unknown names, two flags that disagree, or a number that says too little.
+    """
+    if channels:
+        names = brats.parse_channels(channels)
+        if in_channels is not None and in_channels != len(names):
+            raise ValueError(
+                f"--in_channels {in_channels} contradicts --channels {channels}"
+                f" ({len(names)} channel{'s' if len(names) > 1 else ''}): leave --in_channels out."
+            )
+        return names
+    if in_channels is None or in_channels == len(CHANNELS):
+        return brats.parse_channels(",".join(CHANNELS))
+    by_number = {1: ["T1CE"], 2: ["Seg", "T1CE"], len(brats.CHANNELS): list(brats.CHANNELS)}
+    if in_channels not in by_number:
+        raise ValueError(
+            f"--in_channels {in_channels} does not say which of {', '.join(brats.CHANNELS)} to use:"
+            " name them with --channels."
+        )
+    return by_number[in_channels]
+
+
+# ---------------------------------------------------------------------------------- finding files
+
+
+def _files_by_stem(folder: str, channel: str) -> dict[str, str]:
+    """Stem -> file name of every file in a channel's folder."""
+    files: dict[str, str] = {}
+    for name in bf.listdir(folder):
+        if name.startswith("."):  # what file browsers leave behind
+            continue
+        if not name.lower().endswith(".png"):
+            raise ValueError(f"{bf.join(folder, name)} is not a PNG file: remove it.")
+        stem = brats.split_slice_name(name, channel)
+        if stem in files:
+            raise ValueError(
+                f"{folder} holds two files for the slice {stem}: {files[stem]} and {name}; keep one"
+                " of them."
+            )
+        files[stem] = name
+    return files
+
+
+def _stems_in_agreement(root: str, files: dict[str, dict[str, str]]) -> set[str]:
+    """The slices of a folder without ``dataset.json``: every channel must hold all of them."""
+    every = set().union(*files.values())
+    for channel, own in files.items():
+        missing = sorted(every - own.keys(), key=brats.natural_key)
+        if missing:
+            other = next(name for name in files if missing[0] in files[name])
+            raise ValueError(
+                f"{bf.join(root, channel)} has no file for the slice {missing[0]}"
+                f"{_and_more(missing)}, which {bf.join(root, other, files[other][missing[0]])}"
+                " needs as its partner: add the missing file or remove the other."
+            )
+    return every
+
+
+def _stems_of_split(
+    root: str, files: dict[str, dict[str, str]], dataset: dict, split: str
+) -> set[str]:
+    """The slices of a split; every file must be listed in ``dataset.json`` and the reverse."""
+    split_of = {
+        f"{case['subject']}_slice_{z}": case["split"]
+        for case in dataset["cases"]
+        for z in case["slices"]
+    }
+    for channel, own in files.items():
+        missing = sorted(split_of.keys() - own.keys(), key=brats.natural_key)
+        if missing:
+            path = bf.join(root, channel, brats.slice_name(missing[0], channel))
+            raise ValueError(
+                f"{path} is missing{_and_more(missing)}: {brats.DATASET_FILE} lists its slice;"
+                " restore it or prepare the folder anew."
+            )
+        extra = sorted(own.keys() - split_of.keys(), key=brats.natural_key)
+        if extra:
+            raise ValueError(
+                f"{bf.join(root, channel, own[extra[0]])} is not listed in {brats.DATASET_FILE}"
+                f"{_and_more(extra)}: remove it or prepare the folder anew."
+            )
+    return {stem for stem, own_split in split_of.items() if split in ("all", own_split)}
+
+
+def _and_more(names: Sequence[str]) -> str:
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+
+
+# ------------------------------------------------------------------------------- headers and pixels
+
+# A PNG begins with this signature, the length (13) and name of the header chunk, then width,
+# height, bit depth and colour type.
+_PNG_START = struct.Struct(">8s4s4sIIBB")
+_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
+_PNG_COLOURS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
+
+
+def _check_headers(paths: Sequence[str]) -> None:
+    """Refuse a file that is not an 8-bit grey PNG of the same, square size as the first."""
+    with ThreadPoolExecutor(8) as pool:
+        headers = list(pool.map(_read_header, paths, chunksize=64))
+    for path, (width, height, bits, colour) in zip(paths, headers):
+        if (bits, colour) != (8, 0):
+            kind = _PNG_COLOURS.get(colour, "unknown")
+            raise ValueError(
+                f"{path} is a {bits}-bit {kind} PNG: expected 8-bit grey; convert or replace it."
+            )
+        if (width, height) != headers[0][:2]:
+            raise ValueError(
+                f"{path} has {width}x{height} pixels but {paths[0]} has"
+                f" {headers[0][0]}x{headers[0][1]}: all slices must have one size."
+            )
+        if width != height:
+            raise ValueError(f"{path} has {width}x{height} pixels: slices must be square.")
+
+
+def _read_header(path: str) -> tuple[int, int, int, int]:
+    """Width, height, bits per sample and colour type of a PNG file."""
+    try:
+        with bf.BlobFile(path, "rb") as file:
+            start = file.read(_PNG_START.size)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if len(start) == _PNG_START.size:
+        signature, _, chunk, *header = _PNG_START.unpack(start)
+        if signature == _PNG_SIGNATURE and chunk == b"IHDR":
+            return tuple(header)
+    raise ValueError(f"{path} is not a PNG file, or is truncated: replace or remove it.")
+
+
+def _read_levels(path: str) -> Image.Image:
+    """Decode a slice: an 8-bit grey image."""
+    try:
+        with bf.BlobFile(path, "rb") as file:
+            image = Image.open(file)
+            image.load()
+    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three on damage
+        raise ValueError(
+            f"{path} cannot be decoded ({error}): it is truncated or damaged; replace it."
+        ) from error
+    if image.mode != "L":
+        raise ValueError(
+            f"{path} has Pillow mode {image.mode}: expected 8-bit grey (L); convert or replace it."
+        )
+    return image
+
+
+def _resize(plane: Image.Image, size: int, is_mask: bool) -> Image.Image | np.ndarray:
+    """[H, W] -> [size, size]: a mask by nearest neighbour, an image by exact area averaging."""
+    if plane.size == (size, size):
+        return plane
+    if is_mask:
+        return plane.resize((size, size), Image.Resampling.NEAREST)
+    levels = np.asarray(plane, dtype=np.float64)
+    return _area_means(_area_means(levels, size).T, size).T
+
+
+def _area_means(levels: np.ndarray, size: int) -> np.ndarray:
+    """[old, W] -> [size, W]: mean over each new row's area, parts of old rows included.
+
+    By differences of the running sum. Pillow's box filter takes whole pixels only, which is exact
+    where the sizes divide but not elsewhere; a matrix product wakes up threads for nothing.
+    """
+    old = len(levels)
+    if old % size == 0:
+        return levels.reshape(size, old // size, -1).mean(axis=1)  # the same, faster
+    sums = np.zeros((old + 1, levels.shape[1]))
+    np.cumsum(levels, axis=0, out=sums[1:])
+    ends = np.arange(size + 1) * (old / size)  # the new rows' borders, counted in old rows
+    whole = np.minimum(ends.astype(int), old - 1)
+    part = (ends - whole)[:, None]
+    at_ends = sums[whole] + part * (sums[whole + 1] - sums[whole])
+    return np.diff(at_ends, axis=0) * (size / old)
+
+
+def _size_text(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+# ----------------------------------------------------------------------------------------- batches
+
+
+class _EndlessBatches(Sampler[list[int]]):
+    """Index lists of one rank's batches, from batch ``start`` on and without end."""
+
+    def __init__(
+        self,
+        num_slices: int,
+        batch_size: int,
+        seed: int,
+        start: int,
+        rank: int,
+        world_size: int,
+        shuffle: bool,
+    ) -> None:
+        self.num_slices = num_slices
+        self.batch_size = batch_size
+        self.seed = seed
+        self.start = start
+        self.rank = rank
+        self.world_size = world_size
+        self.shuffle = shuffle
+
+    def __iter__(self) -> Iterator[list[int]]:
+        global_batch = self.batch_size * self.world_size
+        epoch, first = divmod(self.start, self.num_slices // global_batch)
+        while True:
+            order = np.arange(self.num_slices)
+            if self.shuffle:
+                order = np.random.default_rng((self.seed, epoch)).permutation(order)
+            for batch in range(first, self.num_slices // global_batch):
+                begin = batch * global_batch + self.rank * self.batch_size
+                yield order[begin : begin + self.batch_size].tolist()
+            epoch, first = epoch + 1, 0
+
+
+class _ErrorsAsItems(Dataset):
+    """A user's error as an item: raised in a worker it would arrive wrapped in a traceback."""
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, idx: int) -> tuple[torch.Tensor, dict] | ValueError:
+        try:
+            return self.dataset[idx]
+        except ValueError as error:
+            return error
+
+
+def _collate(items: list[tuple[torch.Tensor, dict] | ValueError]) -> torch.Tensor | ValueError:
+    error = next((item for item in items if isinstance(item, ValueError)), None)
+    return error if error is not None else torch.stack([slice_ for slice_, _ in items])
+
+
+def _ignore_signals(worker: int) -> None:
+    """A signal to the whole process group must leave the main process batches to finish on."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _iterate(loader: DataLoader) -> Iterator[tuple[torch.Tensor, dict]]:
+    # The workers ignore the signal by which Python ends child processes at its own exit, so they
+    # must be sent home before: dropping the only reference to the loader's iterator does that.
+    # Registered after the iterator's own exit handlers, this runs ahead of them.
+    iterator = [iter(loader)]
+    atexit.register(iterator.clear)
+    try:
+        while True:
+            batch = next(iterator[0])
+            if isinstance(batch, ValueError):
+                raise batch
+            yield batch, {}
+    finally:
+        atexit.unregister(iterator.clear)
+        iterator.clear()

@@ -1,0 +1,77 @@
+"""Drawing samples in batches, each sample from its own noise, and turning them into levels.
+
+Shapes: N samples, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+
+from improved_diffusion.gaussian_diffusion import GaussianDiffusion, Model
+from improved_diffusion.seeds import SampleNoise
+
+
+def batches(num_samples: int, batch_size: int) -> list[range]:
+    """Sample numbers 0 to ``num_samples`` - 1 in runs of at most ``batch_size``."""
+    return [
+        range(start, min(start + batch_size, num_samples))
+        for start in range(0, num_samples, batch_size)
+    ]
+
+
+def draw(
+    model: Model,
+    diffusion: GaussianDiffusion,
+    indices: range,
+    shape: Sequence[int],
+    *,
+    seed: int,
+    device: torch.device | str,
+    use_ddim: bool = False,
+    clip_denoised: bool = True,
+    progress: bool = False,
+) -> torch.Tensor:
+    """Draw the samples with the numbers ``indices``.
+
+    A sample depends on the seed and its number alone (up to rounding, which may differ with the
+    composition of a batch), because its noise at the start and at every step is its own.
+
+    :param shape: (C, H, W).
+    :param use_ddim: deterministic DDIM steps instead of ancestral ones.
+    :param clip_denoised: limit every step's predicted image to [-1, 1].
+    :return: [N, C, H, W], about in [-1, 1].
+    """
+    loop = diffusion.ddim_sample_loop if use_ddim else diffusion.p_sample_loop
+    return loop(
+        model,
+        (len(indices), *shape),
+        clip_denoised=clip_denoised,
+        device=device,
+        progress=progress,
+        noise_fn=SampleNoise(seed, indices, device),
+    )
+
+
+def draw_batches(
+    model: Model,
+    diffusion: GaussianDiffusion,
+    num_samples: int,
+    batch_size: int,
+    shape: Sequence[int],
+    **options: object,
+) -> Iterator[np.ndarray]:
+    """Yield batches of :func:`draw`, as levels [N, H, W, C], until there are ``num_samples``."""
+    for indices in batches(num_samples, batch_size):
+        yield to_levels(draw(model, diffusion, indices, shape, **options))
+
+
+def to_levels(samples: torch.Tensor) -> np.ndarray:
+    """8-bit levels of samples: [N, C, H, W] in [-1, 1] -> uint8 [N, H, W, C] in [0, 255].
+
+    The inverse of ``level / 127.5 - 1``, rounded to the nearest level.
+    """
+    levels = ((samples + 1) * 127.5).round().clamp(0, 255)
+    return levels.to(torch.uint8).permute(0, 2, 3, 1).contiguous().cpu().numpy()

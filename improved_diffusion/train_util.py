@@ -1,0 +1,465 @@
+"""The training loop.
+
+Shapes: N samples of a batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import blobfile as bf
+import torch
+from torch.optim import AdamW
+
+from improved_diffusion import checkpoint, dist_util, figures, logger, sampling
+from improved_diffusion.gaussian_diffusion import GaussianDiffusion
+from improved_diffusion.nn import update_ema
+from improved_diffusion.resample import LossAwareSampler, ScheduleSampler, UniformSampler
+from improved_diffusion.seeds import derive_seed
+from improved_diffusion.unet import UNetModel
+
+Batches = Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]
+
+QUARTILES = 4
+
+
+def parse_ema_rates(text: str | float) -> list[float]:
+    """``"0.9999,0.999"`` -> [0.9999, 0.999]."""
+    try:
+        rates = [float(part) for part in str(text).split(",")]
+    except ValueError:
+        rates = []
+    if not rates or not all(0 <= rate < 1 for rate in rates) or len(set(rates)) < len(rates):
+        raise ValueError(
+            f"--ema_rate {text}: expected different numbers from 0 to below 1, separated by commas"
+        )
+    return rates
+
+
+@dataclass
+class Preview:
+    """A small picture of what the moving average samples while it is trained.
+
+    :param diffusion: a process of few steps.
+    :param shape: (C, H, W).
+    :param channels: names for the picture; empty: none.
+    """
+
+    diffusion: GaussianDiffusion
+    shape: tuple[int, int, int]
+    channels: Sequence[str] = ()
+    num_samples: int = 8
+    seed: int = 0
+
+    def write(self, model: UNetModel, path: str) -> None:
+        """Sample with the same noise at every call, and write the grid to ``path``."""
+        samples = sampling.draw(
+            model,
+            self.diffusion,
+            range(self.num_samples),
+            self.shape,
+            seed=self.seed,
+            device=dist_util.dev(),
+        )
+        levels = sampling.to_levels(samples)
+        figures.save_grid(figures.sample_grid(levels, self.channels or None), path)
+
+
+class LossMeter:
+    """Means of loss terms, over all and over each quartile of the timesteps.
+
+    Sums stay on the device, so that adding to them does not wait for it.
+    """
+
+    def __init__(self, num_timesteps: int) -> None:
+        self.num_timesteps = num_timesteps
+        self._sums: dict[str, torch.Tensor] = {}
+
+    def add(self, t: torch.Tensor, terms: dict[str, torch.Tensor]) -> None:
+        """Take in terms [N] at timesteps [N]."""
+        quartile = QUARTILES * t // self.num_timesteps
+        for name, values in terms.items():
+            pairs = torch.stack([values, torch.ones_like(values)], dim=1)  # value and count
+            sums = self._sums.setdefault(name, pairs.new_zeros(QUARTILES, 2))
+            sums.index_add_(0, quartile, pairs)
+
+    def read(self) -> dict[str, float]:
+        """The means since the last reading: ``loss``, ``loss_q0`` to ``q3`` where there are any."""
+        means = {}
+        for name, sums in self._sums.items():
+            rows = sums.tolist()
+            means[name] = sum(row[0] for row in rows) / sum(row[1] for row in rows)
+            for i, (total, count) in enumerate(rows):
+                if count:
+                    means[f"{name}_q{i}"] = total / count
+        self._sums.clear()
+        return means
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """What has been added since the last reading."""
+        return dict(self._sums)
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from :meth:`state_dict`'s result."""
+        self._sums = dict(state)
+
+
+@dataclass
+class StopRequest:
+    """Whether a signal has asked the run to stop, and which."""
+
+    signal: str = ""
+    _previous: dict[int, Any] = field(default_factory=dict)
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        self.signal = signal.Signals(number).name
+        # Not through the logger: the signal may have come in the middle of its own writing.
+        text = f"{self.signal}: finishing this step, then saving (a second signal stops at once)\n"
+        os.write(2, text.encode())
+        for other in self._previous:
+            signal.signal(other, signal.SIG_DFL)
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Turn the first SIGTERM or SIGINT into a request; the second ends the process as usual.
+
+    Outside of the main thread, where Python takes no signals, there never is a request.
+    """
+    request = StopRequest()
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            request._previous[number] = signal.signal(number, request.handle)
+    except ValueError:
+        pass
+    try:
+        yield request
+    finally:
+        for number, handler in request._previous.items():
+            signal.signal(number, handler)
+
+
+class TrainLoop:
+    """Train a model on batches, log, save, and continue where a checkpoint stopped.
+
+    Files are written to ``logger.get_dir()``, see :mod:`improved_diffusion.checkpoint`.
+
+    :param data: batches of images [N, C, H, W] in [-1, 1] and a dict of further model arguments
+        (labels ``y``). A resumed run must be given the batches that follow the checkpoint.
+    :param microbatch: samples that go through the network at once; -1: the whole batch. The
+        gradient is the whole batch's in any case, because each microbatch counts by its share.
+    :param ema_rate: rates of the moving averages, separated by commas.
+    :param resume_checkpoint: a model file whose ``opt`` and ``ema`` files lie beside it; empty:
+        start anew.
+    :param schedule_sampler: which timesteps to train on; ``None``: uniformly.
+    :param lr_anneal_steps: lower the learning rate linearly to 0 at this step and stop there; 0:
+        constant.
+    :param max_steps: stop when so many steps are completed in total; 0: don't.
+    :param seed: from it derive the timesteps, the noise and dropout of every step.
+    :param ema_warmup: limit each average's rate at update n (from 0) to (1 + n) / (10 + n), so
+        that it forgets the untrained weights.
+    :param sample_interval: write ``preview`` every so many steps; 0: never.
+    :param metadata: plain values that travel in the weight files, see
+        :func:`improved_diffusion.checkpoint.with_metadata`.
+    :param flags: the command line's values, kept in the ``opt`` file for a continued run.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: UNetModel,
+        diffusion: GaussianDiffusion,
+        data: Batches,
+        batch_size: int,
+        microbatch: int,
+        lr: float,
+        ema_rate: str | float,
+        log_interval: int,
+        save_interval: int,
+        resume_checkpoint: str,
+        schedule_sampler: ScheduleSampler | None = None,
+        weight_decay: float = 0.0,
+        lr_anneal_steps: int = 0,
+        max_steps: int = 0,
+        seed: int = 0,
+        ema_warmup: bool = True,
+        sample_interval: int = 0,
+        preview: Preview | None = None,
+        metadata: dict[str, Any] | None = None,
+        flags: dict[str, Any] | None = None,
+    ) -> None:
+        self.device = dist_util.dev()
+        self.model = model.to(self.device)
+        self.diffusion = diffusion
+        self.data = data
+        self.batch_size = batch_size
+        self.microbatch = microbatch if microbatch > 0 else batch_size
+        self.lr = lr
+        self.ema_rate = parse_ema_rates(ema_rate)
+        self.log_interval = log_interval
+        self.save_interval = save_interval
+        self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
+        self.lr_anneal_steps = lr_anneal_steps
+        self.max_steps = max_steps
+        self.seed = seed
+        self.ema_warmup = ema_warmup
+        self.sample_interval = sample_interval if preview else 0
+        self.preview = preview
+        self.metadata = metadata or {}
+        self.flags = flags or {}
+
+        self.step = 0  # completed optimizer steps
+        self.params = list(self.model.parameters())
+        self.opt = AdamW(self.params, lr=lr, weight_decay=weight_decay, fused=True)
+        self.meter = LossMeter(diffusion.num_timesteps)
+        self._grad_norms: list[torch.Tensor] = []
+        if resume_checkpoint:
+            self._resume(resume_checkpoint, weight_decay)
+        else:
+            dist_util.sync_params(self.params)
+            self.ema_params = [[p.detach().clone() for p in self.params] for _ in self.ema_rate]
+
+    # The run
+
+    def run_loop(self) -> bool:
+        """Train until the last step, a signal or the end of the data, and save.
+
+        :return: whether a signal has cut the run short.
+        """
+        self.model.train()
+        saved_step = self.step
+        timer = _StepTimer(self.step)
+        with stop_on_signals() as stop:
+            while not self._is_finished() and not stop.signal:
+                try:
+                    batch, cond = next(self.data)
+                except StopIteration:
+                    break
+                except ValueError:
+                    # A file that went bad must not cost what was learned before.
+                    if self.step > saved_step:
+                        self.save()
+                    raise
+                self.run_step(batch, cond)
+                if self.step % self.log_interval == 0:
+                    self.log_step()
+                    logger.log(timer.report(self.step, self._last_step()))
+                if self.sample_interval and self.step % self.sample_interval == 0:
+                    self.write_preview()
+                if self.save_interval and self.step % self.save_interval == 0:
+                    self.save()
+                    saved_step = self.step
+            if self.step > saved_step:
+                self.save()
+        return bool(stop.signal)
+
+    def _last_step(self) -> int:
+        """The step at which the run ends by itself; 0: it doesn't."""
+        ends = [end for end in (self.max_steps, self.lr_anneal_steps) if end]
+        return min(ends, default=0)
+
+    def _is_finished(self) -> bool:
+        return 0 < self._last_step() <= self.step
+
+    def run_step(self, batch: torch.Tensor, cond: dict[str, torch.Tensor]) -> None:
+        """One optimizer step on a batch."""
+        # The step's own seed: a resumed run draws what an uninterrupted one would have drawn.
+        torch.manual_seed(derive_seed(self.seed, "train", self.step))
+        self.forward_backward(batch, cond)
+        self._grad_norms.append(_global_norm([p.grad for p in self.params]))
+        self._anneal_lr()
+        self.opt.step()
+        for rate, averages in zip(self.ema_rate, self.ema_params):
+            if self.ema_warmup:
+                rate = min(rate, (1 + self.step) / (10 + self.step))
+            update_ema(averages, self.params, rate=rate)
+        self.step += 1
+
+    def forward_backward(self, batch: torch.Tensor, cond: dict[str, torch.Tensor]) -> None:
+        """Set every parameter's gradient to that of the batch's (importance-weighted) mean loss."""
+        self.opt.zero_grad()
+        n = len(batch)
+        batch = batch.to(self.device, non_blocking=True)
+        cond = {name: value.to(self.device, non_blocking=True) for name, value in cond.items()}
+        # Drawn for the whole batch, so that its division does not change what is computed.
+        t, weights = self.schedule_sampler.sample(n, self.device)
+        noise = torch.randn_like(batch)
+
+        terms = []
+        for start in range(0, n, self.microbatch):
+            part = slice(start, start + self.microbatch)
+            losses = self.diffusion.training_losses(
+                self.model,
+                batch[part],
+                t[part],
+                model_kwargs={name: value[part] for name, value in cond.items()},
+                noise=noise[part],
+            )
+            # The sum over the microbatch by the size of the batch: its mean by its share.
+            ((losses["loss"] * weights[part]).sum() / n).backward()
+            terms.append({name: value.detach() for name, value in losses.items()})
+
+        whole = {name: torch.cat([part[name] for part in terms]) for name in terms[0]}
+        if isinstance(self.schedule_sampler, LossAwareSampler):
+            self.schedule_sampler.update_with_local_losses(t, whole["loss"])
+        self.meter.add(t, {name: value * weights for name, value in whole.items()})
+
+    def _anneal_lr(self) -> None:
+        if self.lr_anneal_steps:
+            lr = self.lr * (1 - self.step / self.lr_anneal_steps)
+            for group in self.opt.param_groups:
+                group["lr"] = lr
+
+    def log_step(self) -> None:
+        """Write a row of means since the last one to the log."""
+        logger.logkv("step", self.step)
+        logger.logkv("samples", self.step * self.batch_size)
+        logger.logkv("grad_norm", torch.stack(self._grad_norms).mean())
+        logger.logkvs(self.meter.read())
+        self._grad_norms.clear()
+        logger.dumpkvs()
+
+    def write_preview(self) -> None:
+        """Write a grid of samples of the first moving average."""
+        assert self.preview is not None
+        path = bf.join(_run_dir(), "previews", f"step{self.step:06d}.png")
+        with self._averages_in_model(self.ema_params[0]):
+            self.preview.write(self.model, path)
+        logger.log(f"wrote {path}")
+
+    @contextmanager
+    def _averages_in_model(self, averages: Sequence[torch.Tensor]) -> Iterator[None]:
+        """Let the model hold ``averages`` for a while; no copy is made."""
+        own = [p.data for p in self.params]
+        for parameter, average in zip(self.params, averages):
+            parameter.data = average
+        self.model.eval()
+        try:
+            yield
+        finally:
+            for parameter, value in zip(self.params, own):
+                parameter.data = value
+            self.model.train()
+
+    # Checkpoints
+
+    def save(self) -> None:
+        """Write the checkpoint of this step; the model's file last, so that it marks the rest."""
+        folder = _run_dir()
+        logger.log(f"saving step {self.step} to {folder}")
+        for rate, averages in zip(self.ema_rate, self.ema_params):
+            path = bf.join(folder, checkpoint.ema_name(rate, self.step))
+            checkpoint.save(self._weights(averages, {"ema_rate": rate}), path)
+        path = bf.join(folder, checkpoint.opt_name(self.step))
+        checkpoint.save({**self.opt.state_dict(), "training": self._training_state()}, path)
+        path = bf.join(folder, checkpoint.model_name(self.step))
+        checkpoint.save(self._weights(self.params, {}), path)
+
+    def _weights(
+        self, params: Sequence[torch.Tensor], about: dict[str, Any]
+    ) -> OrderedDict[str, torch.Tensor]:
+        state = self.model.state_dict()
+        for (name, _), value in zip(self.model.named_parameters(), params):
+            state[name] = value.detach()
+        return checkpoint.with_metadata(state, {**self.metadata, "step": self.step, **about})
+
+    def _training_state(self) -> dict[str, Any]:
+        """What continuing needs beside the weights and the optimizer's state.
+
+        Random state is the seed and the step, from which all else derives.
+        """
+        state = {
+            "step": self.step,
+            "flags": self.flags,
+            "log": {"losses": self.meter.state_dict(), "grad_norms": self._grad_norms},
+        }
+        if isinstance(self.schedule_sampler, LossAwareSampler):
+            state["schedule_sampler"] = self.schedule_sampler.state_dict()
+        return state
+
+    def _resume(self, path: str, weight_decay: float) -> None:
+        weights = checkpoint.load_weights(path, self.device)
+        self.step = checkpoint.step_of(path, weights)
+        checkpoint.load_into(self.model, weights, path)
+
+        names = [name for name, _ in self.model.named_parameters()]
+        self.ema_params = []
+        for rate in self.ema_rate:
+            ema_path = checkpoint.sibling(path, checkpoint.ema_name(rate, self.step))
+            if not bf.exists(ema_path):
+                raise ValueError(
+                    f"{ema_path} is missing beside {path}; restore it, or leave {rate} out of "
+                    "--ema_rate"
+                )
+            averages = checkpoint.load_weights(ema_path, self.device)
+            own = checkpoint.metadata_of(averages).get("step", self.step)
+            if own != self.step or averages.keys() != weights.keys():
+                raise ValueError(
+                    f"{ema_path} does not belong to {path}: it is of step {own} of "
+                    "another run; restore the files that were saved together"
+                )
+            self.ema_params.append([averages[name] for name in names])
+
+        opt_path = checkpoint.sibling(path, checkpoint.opt_name(self.step))
+        state = checkpoint.load(opt_path, self.device)
+        training = state.pop("training", {}) if isinstance(state, dict) else {}
+        if training.get("step", self.step) != self.step:
+            raise ValueError(
+                f"{opt_path} is of step {training['step']} and {path} of step {self.step}; "
+                "restore the files that were saved together"
+            )
+        try:
+            self.opt.load_state_dict(state)
+        except (KeyError, ValueError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{opt_path} holds no optimizer state of this network; "
+                "restore the files that were saved together"
+            ) from error
+        for group in self.opt.param_groups:
+            # The flags of this start count, not those of the one that saved.
+            group.update(lr=self.lr, weight_decay=weight_decay)
+        if "log" in training:
+            self.meter.load_state_dict(training["log"]["losses"])
+            self._grad_norms = list(training["log"]["grad_norms"])
+        if "schedule_sampler" in training and isinstance(self.schedule_sampler, LossAwareSampler):
+            self.schedule_sampler.load_state_dict(training["schedule_sampler"])
+        logger.log(f"resuming from {path} at step {self.step}")
+        for name in checkpoint.supersede(_run_dir(), self.step):
+            logger.log(f"moved {name}, newer than step {self.step}, to {checkpoint.SUPERSEDED}/")
+        logger.drop_rows_after(self.step)
+
+
+def _global_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
+    """L2 norm over all tensors together, computed on their device."""
+    return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
+
+
+def _run_dir() -> str:
+    folder = logger.get_dir()
+    assert folder is not None, "logger.configure() comes before training"
+    return folder
+
+
+class _StepTimer:
+    """Seconds per step since the last report."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.time = step, time.monotonic()
+
+    def report(self, step: int, last_step: int) -> str:
+        now = time.monotonic()
+        seconds = (now - self.time) / (step - self.step)
+        self.step, self.time = step, now
+        line = f"step {step}: {seconds:.3g} s per step"
+        if last_step:
+            minutes = (last_step - step) * seconds / 60
+            line += f", {minutes:.0f} min left" if minutes >= 1 else ", under 1 min left"
+        return line

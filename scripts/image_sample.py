@@ -1,0 +1,97 @@
+"""Draw samples from a trained model and write them as a folder."""
+
+import argparse
+import time
+from typing import Any
+
+from brats_dataset import resolve_channels
+from improved_diffusion import __version__, checkpoint, cli, dist_util
+from improved_diffusion.samples import SampleFolder
+from improved_diffusion.sampling import draw_batches
+from improved_diffusion.script_util import (
+    Loaded,
+    given_flags,
+    load_model_and_diffusion,
+    model_flags_of,
+    script_parser,
+)
+
+# Flag: default and explanation.
+SAMPLING_FLAGS: dict[str, tuple[Any, str]] = {
+    "model_path": ("", "model or EMA file, e.g. Checkpoints/ema_0.9999_060000.pt"),
+    "channels": (
+        "",
+        "names of the channels, e.g. T1CE,Seg, for a checkpoint that does not hold them",
+    ),
+    "sample_dir": ("Samples", "folder to make"),
+    "num_samples": (10_000, "samples to draw"),
+    "batch_size": (16, "samples drawn at a time"),
+    "use_ddim": (False, "deterministic DDIM steps instead of ancestral ones"),
+    "clip_denoised": (True, "limit every step's predicted image to [-1, 1]"),
+    "seed": (0, "seed of the noise; sample i depends on it and i alone"),
+}
+
+
+def main() -> None:
+    parser = script_parser(__doc__, "sampling", SAMPLING_FLAGS)
+    given = given_flags(parser)
+    args = argparse.Namespace(**{**vars(parser.parse_args([])), **given})
+    dist_util.setup_dist()
+    if not args.model_path:
+        raise ValueError("--model_path is missing; name a model or EMA file")
+    for flag in ("num_samples", "batch_size"):
+        if vars(args)[flag] < 1:
+            raise ValueError(f"--{flag} {vars(args)[flag]}: give 1 or more")
+
+    loaded = load_model_and_diffusion(args.model_path, model_flags_of(given))
+    channels = choose_channels(given, loaded)
+    if loaded.flags["class_cond"]:
+        raise ValueError(f"{args.model_path} is class-conditional, which is not supported yet")
+    model = loaded.model.to(dist_util.dev()).eval()
+    size = loaded.flags["image_size"]
+
+    folder = SampleFolder(args.sample_dir, channels)
+    start = time.monotonic()
+    batches = draw_batches(
+        model,
+        loaded.diffusion,
+        args.num_samples,
+        args.batch_size,
+        (loaded.flags["in_channels"], size, size),
+        seed=args.seed,
+        device=dist_util.dev(),
+        use_ddim=args.use_ddim,
+        clip_denoised=args.clip_denoised,
+    )
+    count = -(-args.num_samples // args.batch_size)
+    for levels in cli.progress(batches, total=count, desc="sampling", unit="batch"):
+        folder.add(levels)
+    folder.finish(
+        {
+            "checkpoint": args.model_path,
+            "checkpoint_sha256": checkpoint.sha256(args.model_path),
+            "step": loaded.metadata.get("step"),
+            "flags": {**vars(args), **loaded.flags},
+            "device": str(dist_util.dev()),
+            "seconds_per_sample": round((time.monotonic() - start) / args.num_samples, 4),
+            "version": __version__,
+        }
+    )
+    print(f"wrote {args.num_samples} samples to {args.sample_dir}")
+
+
+def choose_channels(given: dict[str, Any], loaded: Loaded) -> list[str]:
+    """Names of the channels: the checkpoint's or else the flag's."""
+    if not given.get("channels"):
+        return loaded.channels
+    channels = resolve_channels(given["channels"], loaded.flags["in_channels"])
+    if loaded.channels and channels != loaded.channels:
+        raise ValueError(
+            f"--channels {given['channels']} contradicts the checkpoint, which was trained on "
+            f"{','.join(loaded.channels)}; leave the flag out"
+        )
+    return channels
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,308 @@
+import math
+import os
+import signal
+
+import pytest
+import torch
+from torch import nn
+
+from improved_diffusion import checkpoint, logger
+from improved_diffusion.resample import LossSecondMomentResampler
+from improved_diffusion.script_util import create_gaussian_diffusion
+from improved_diffusion.train_util import LossMeter, TrainLoop, parse_ema_rates
+
+STEPS = 20
+
+
+class Net(nn.Module):
+    """A network small enough to train hundreds of steps in a second."""
+
+    def __init__(self, dropout=0.0):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+        self.out = nn.Conv2d(4, 2, 1)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x, t):
+        h = self.dropout(torch.sin(self.conv(x) + t.reshape(-1, 1, 1, 1) / 1000))
+        return self.out(h)
+
+
+def batches(size=6, start=0):
+    step = start
+    while True:
+        generator = torch.Generator().manual_seed(step)
+        yield torch.rand(size, 1, 8, 8, generator=generator) * 2 - 1, {}
+        step += 1
+
+
+def make(folder, *, dropout=0.0, sampler=None, size=6, start=0, data=None, **changes):
+    logger.configure(str(folder), ["csv"])
+    torch.manual_seed(0)
+    model = Net(dropout)
+    diffusion = create_gaussian_diffusion(steps=STEPS, learn_sigma=True)
+    settings = {
+        "batch_size": size,
+        "microbatch": -1,
+        "lr": 1e-2,
+        "ema_rate": "0.9,0.5",
+        "log_interval": 5,
+        "save_interval": 0,
+        "resume_checkpoint": "",
+    }
+    return TrainLoop(
+        model=model,
+        diffusion=diffusion,
+        data=data or batches(size, start),
+        schedule_sampler=sampler(diffusion) if sampler else None,
+        **{**settings, **changes},
+    )
+
+
+def warm_sampler(diffusion):
+    sampler = LossSecondMomentResampler(diffusion, history_per_term=1)
+    sampler.update_with_all_losses(range(STEPS), torch.linspace(0.1, 5, STEPS).tolist())
+    return sampler
+
+
+def gradient(loop, batch):
+    torch.manual_seed(9)
+    loop.forward_backward(batch, {})
+    return torch.cat([p.grad.flatten() for p in loop.params])
+
+
+@pytest.mark.parametrize("sampler", [None, warm_sampler])
+@pytest.mark.parametrize("microbatch", [1, 4, 6, 7, 100])
+def test_any_microbatch_gives_the_gradient_of_the_whole_batch(tmp_path, microbatch, sampler):
+    """Seven samples in fours leave an uneven last microbatch of three."""
+    batch = next(batches(7))[0]
+    whole = gradient(make(tmp_path, size=7, sampler=sampler), batch)
+    parts = gradient(make(tmp_path, size=7, sampler=sampler, microbatch=microbatch), batch)
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+    assert whole.norm() > 0
+
+
+def test_gradient_is_that_of_the_weighted_mean_written_out(tmp_path):
+    loop = make(tmp_path, sampler=warm_sampler)
+    batch = next(loop.data)[0]
+    own = gradient(loop, batch)
+    torch.manual_seed(9)
+    t, weights = warm_sampler(loop.diffusion).sample(6, "cpu")
+    noise = torch.randn_like(batch)
+    assert weights.unique().numel() > 1
+    losses = loop.diffusion.training_losses(loop.model, batch, t, noise=noise)["loss"]
+    expected = torch.autograd.grad((losses * weights).mean(), loop.params)
+    torch.testing.assert_close(own, torch.cat([g.flatten() for g in expected]))
+
+
+def test_first_step_by_hand(tmp_path):
+    """AdamW's first step moves by the learning rate against the sign; then the averages follow."""
+    loop = make(tmp_path, ema_warmup=False)
+    before = [p.detach().clone() for p in loop.params]
+    loop.run_step(*next(loop.data))
+    for parameter, old, slow, fast in zip(loop.params, before, *loop.ema_params):
+        step = 1e-2 * parameter.grad / (parameter.grad.abs() + 1e-8)
+        torch.testing.assert_close(parameter.detach(), old - step, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(slow, 0.9 * old + 0.1 * parameter.detach())
+        torch.testing.assert_close(fast, 0.5 * old + 0.5 * parameter.detach())
+
+
+def test_warmup_limits_the_averages(tmp_path):
+    """Rates at updates 0, 1, 2: 1/10, 2/11, 3/12, all below 0.9 and 0.5."""
+    loop = make(tmp_path)
+    expected = [p.detach().clone() for p in loop.params]
+    for n in range(12):
+        loop.run_step(*next(loop.data))
+        rate = min(0.5, (1 + n) / (10 + n))
+        expected = [rate * e + (1 - rate) * p.detach() for e, p in zip(expected, loop.params)]
+    for average, value in zip(loop.ema_params[1], expected):
+        torch.testing.assert_close(average, value)
+
+
+def test_linear_annealing_ends_the_run(tmp_path):
+    loop = make(tmp_path, lr_anneal_steps=4)
+    rates = []
+    for _ in range(4):
+        loop.run_step(*next(loop.data))
+        rates.append(loop.opt.param_groups[0]["lr"])
+    assert rates == pytest.approx([0.01, 0.0075, 0.005, 0.0025])
+    assert make(tmp_path / "b", lr_anneal_steps=4).run_loop() is False
+    assert checkpoint.complete_steps(str(tmp_path / "b")) == [4]
+
+
+def test_log_holds_the_reports_columns_and_means(tmp_path):
+    loop = make(tmp_path, max_steps=10)
+    seen = []
+    inner = loop.diffusion.training_losses
+
+    def spy(*args, **kwargs):
+        losses = inner(*args, **kwargs)
+        seen.append((args[2], {k: v.detach() for k, v in losses.items()}))
+        return losses
+
+    loop.diffusion.training_losses = spy
+    loop.run_loop()
+    rows = logger.read_progress(str(tmp_path / "progress.csv"))
+    assert [(row["step"], row["samples"]) for row in rows] == [(5, 30), (10, 60)]
+    quartiles = [f"{name}_q{i}" for name in ("loss", "mse", "vb") for i in range(4)]
+    assert set(rows[0]) == {"grad_norm", "loss", "mse", "vb", "samples", "step", *quartiles}
+    for row, part in zip(rows, (seen[:5], seen[5:])):
+        t = torch.cat([t for t, _ in part])
+        for name in ("loss", "mse", "vb"):
+            values = torch.cat([losses[name] for _, losses in part])
+            assert row[name] == pytest.approx(values.mean().item(), rel=1e-5)
+            for i in range(4):
+                own = values[(t >= i * 5) & (t < (i + 1) * 5)]
+                assert row[f"{name}_q{i}"] == pytest.approx(own.mean().item(), rel=1e-5)
+
+
+def test_meter_leaves_out_empty_quartiles():
+    meter = LossMeter(8)
+    meter.add(torch.tensor([0, 1, 7]), {"loss": torch.tensor([1.0, 2.0, 6.0])})
+    meter.add(torch.tensor([6]), {"loss": torch.tensor([4.0])})
+    assert meter.read() == {"loss": 3.25, "loss_q0": 1.5, "loss_q3": 5.0}
+    assert meter.read() == {}
+
+
+def states(folder, step):
+    names = [checkpoint.model_name(step), checkpoint.opt_name(step)]
+    names += [checkpoint.ema_name(rate, step) for rate in (0.9, 0.5)]
+    return {name: checkpoint.load(str(folder / name)) for name in names}
+
+
+def assert_equal(a, b):
+    """Equal to the last bit, at any depth."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for left, right in zip(a, b):
+            assert_equal(left, right)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+@pytest.mark.parametrize("stop", [5, 7, 13])
+def test_a_resumed_run_equals_one_that_never_stopped(tmp_path, stop):
+    """Dropout, the loss-aware sampler, annealing and the log's means included."""
+    settings = {
+        "dropout": 0.3,
+        "sampler": lambda d: LossSecondMomentResampler(d, history_per_term=1),
+        "lr_anneal_steps": 40,
+        "microbatch": 4,
+    }
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    make(whole, max_steps=20, **settings).run_loop()
+    make(parts, max_steps=stop, **settings).run_loop()
+    path = str(parts / checkpoint.model_name(stop))
+    # The seed of the global generator must not matter.
+    loop = make(parts, max_steps=20, start=stop, resume_checkpoint=path, **settings)
+    assert loop.step == stop
+    loop.run_loop()
+    assert_equal(states(parts, 20), states(whole, 20))
+    assert (parts / "progress.csv").read_bytes() == (whole / "progress.csv").read_bytes()
+    assert (
+        checkpoint.load(str(whole / "opt000020.pt"))["training"]["schedule_sampler"]["counts"].sum()
+        > STEPS / 2
+    )
+
+
+def test_resuming_an_older_checkpoint_moves_the_newer_ones(tmp_path):
+    make(tmp_path, max_steps=15, save_interval=5).run_loop()
+    loop = make(tmp_path, start=5, resume_checkpoint=str(tmp_path / "model000005.pt"), max_steps=7)
+    assert loop.step == 5
+    assert checkpoint.complete_steps(str(tmp_path)) == [5]
+    assert len(os.listdir(tmp_path / "superseded")) == 8
+    rows = logger.read_progress(str(tmp_path / "progress.csv"))
+    assert [row["step"] for row in rows] == [5]
+
+
+@pytest.mark.parametrize("name", ["ema_0.5_000005.pt", "opt000005.pt"])
+def test_resuming_needs_all_files_of_a_checkpoint(tmp_path, name):
+    make(tmp_path, max_steps=5).run_loop()
+    (tmp_path / name).unlink()
+    with pytest.raises(ValueError, match=name):
+        make(tmp_path, resume_checkpoint=str(tmp_path / "model000005.pt"))
+
+
+def test_files_of_different_steps_are_not_mixed(tmp_path):
+    make(tmp_path, max_steps=10, save_interval=5).run_loop()
+    os.replace(tmp_path / "opt000010.pt", tmp_path / "opt000005.pt")
+    with pytest.raises(ValueError, match=r"is of step 10 and .* of step 5"):
+        make(tmp_path, resume_checkpoint=str(tmp_path / "model000005.pt"))
+
+
+def test_optimizer_state_of_the_reference_is_read(tmp_path):
+    """It is a plain AdamW state dict, and the weights hold no metadata."""
+    loop = make(tmp_path, max_steps=5)
+    loop.run_loop()
+    other = tmp_path / "reference"
+    other.mkdir()
+    for name, state in states(tmp_path, 5).items():
+        state.pop("training", None)
+        torch.save(dict(state), other / name)
+    resumed = make(tmp_path / "new", resume_checkpoint=str(other / "model000005.pt"))
+    assert resumed.step == 5
+    assert_equal(resumed.opt.state_dict()["state"], loop.opt.state_dict()["state"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_and_saves(tmp_path, number):
+    def data():
+        for i, batch in enumerate(batches()):
+            if i == 3:
+                os.kill(os.getpid(), number)
+            yield batch
+
+    before = signal.getsignal(number)
+    loop = make(tmp_path, data=data(), max_steps=100)
+    assert loop.run_loop() is True
+    assert loop.step == 4
+    assert checkpoint.complete_steps(str(tmp_path)) == [4]
+    assert signal.getsignal(number) is before
+
+
+def test_a_file_that_goes_bad_costs_nothing(tmp_path):
+    def data():
+        yield from (next(batches(start=i)) for i in range(3))
+        raise ValueError("slice.png cannot be read")
+
+    with pytest.raises(ValueError, match=r"slice\.png"):
+        make(tmp_path, data=data()).run_loop()
+    assert checkpoint.complete_steps(str(tmp_path)) == [3]
+
+
+def test_data_that_ends(tmp_path):
+    loop = make(tmp_path, data=iter([next(batches()) for _ in range(2)]))
+    assert loop.run_loop() is False
+    assert checkpoint.complete_steps(str(tmp_path)) == [2]
+
+
+def test_training_lowers_the_loss(tmp_path):
+    """Constant images are easy: the mean squared error falls well below that of predicting 0."""
+
+    def data():
+        while True:
+            yield torch.full((16, 1, 8, 8), 0.5), {}
+
+    make(tmp_path, data=data(), size=16, max_steps=300, log_interval=50, lr=2e-2).run_loop()
+    rows = logger.read_progress(str(tmp_path / "progress.csv"))
+    assert rows[0]["mse"] > 2 * rows[-1]["mse"]
+    assert rows[-1]["mse"] < 0.4
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+
+
+@pytest.mark.parametrize("text", ["", "a", "1", "0.9,0.9", "-0.1", "0.9,"])
+def test_impossible_rates(text):
+    with pytest.raises(ValueError, match="--ema_rate"):
+        parse_ema_rates(text)
+
+
+def test_rates():
+    assert parse_ema_rates("0.9999, 0.99") == [0.9999, 0.99]
+    assert parse_ema_rates(0.9) == [0.9]
