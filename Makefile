@@ -18,8 +18,37 @@ READY = $(VENV)/.ready-torch-$(TORCH_VERSION)
 test: $(READY)
 	$(RUN) -m pytest -n 2
 
-demo: $(READY)
-	$(RUN) scripts/demo.py --out_dir demo
+# Each step is made once; an interrupted one is continued by the next call.
+DEMO = demo
+DEMO_STEPS = 900
+DEMO_MODEL = $(DEMO)/run/ema_0.99_000900.pt
+
+demo: $(DEMO)/grid.png $(DEMO)/loss.png
+	@echo "Look at $(DEMO)/grid.png (real beside synthetic), $(DEMO)/samples and $(DEMO)/loss.png"
+
+$(DEMO)/cases: | $(READY)
+	$(RUN) scripts/brats_phantom.py --out_dir $@.making --patients 16 --seed 0
+	mv $@.making $@
+
+$(DEMO)/slices: | $(DEMO)/cases
+	$(RUN) scripts/brats_prepare.py --brats_dir $(DEMO)/cases --out_dir $@ --channels T1CE,Seg
+
+$(DEMO_MODEL): | $(DEMO)/slices
+	$(RUN) scripts/image_train.py --data_dir $(DEMO)/slices --channels T1CE,Seg \
+		--out_dir $(DEMO)/run --resume_checkpoint latest --max_steps $(DEMO_STEPS) \
+		--image_size 64 --num_channels 32 --num_res_blocks 1 --channel_mult 1,1,2,4 \
+		--attention_resolutions 8 --num_heads 1 --predict_v True --learn_sigma False \
+		--batch_size 8 --lr 1e-3 --ema_rate 0.99 --save_interval 300 --sample_interval 300
+
+$(DEMO)/samples: | $(DEMO_MODEL)
+	$(RUN) scripts/image_sample.py --model_path $(DEMO_MODEL) --sample_dir $@ \
+		--num_samples 16 --batch_size 16 --timestep_respacing 100
+
+$(DEMO)/grid.png: | $(DEMO)/samples
+	$(RUN) scripts/figures.py compare --real $(DEMO)/slices --samples $(DEMO)/samples --out $@ --num 12
+
+$(DEMO)/loss.png: | $(DEMO)/samples
+	$(RUN) scripts/figures.py loss --progress $(DEMO)/run/progress.csv --out $@
 
 lint: $(READY)
 	$(RUN) -m ruff check .
@@ -32,7 +61,7 @@ format: $(READY)
 venv: $(READY)
 
 clean-demo:
-	rm -rf demo
+	rm -rf $(DEMO)
 
 # The mark names what was installed; a second call finds it and installs nothing.
 $(READY): setup.py

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from improved_diffusion import brats
+from improved_diffusion.files import atomic_write
 from improved_diffusion.parallel import Progress, default_workers, no_progress, process_map
 
 # 56 of the 369 patients of BraTS 2020 were held out in the published preparation.
@@ -362,11 +363,8 @@ def _read_json(path: str) -> Any:
 
 
 def _write_json(path: str, value: object) -> None:
-    """Write so that ``path`` is either absent (or old) or complete."""
-    temporary = f"{path}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        json.dump(value, file)
-    os.replace(temporary, path)
+    with atomic_write(path) as file:
+        file.write(json.dumps(value).encode())
 
 
 # --------------------------------------------------------------------------------------- data set

@@ -25,6 +25,8 @@ from typing import Any
 import blobfile as bf
 import torch
 
+from improved_diffusion.files import atomic_write, is_remote
+
 METADATA_KEY = "improved_diffusion"
 SUPERSEDED = "superseded"
 _STEP = re.compile(r"(\d+)\.pt$")
@@ -47,30 +49,15 @@ def opt_name(step: int) -> str:
     return f"opt{step:06d}.pt"
 
 
-def is_remote(path: str) -> bool:
-    """Whether ``path`` names something that blobfile reads from elsewhere."""
-    return "://" in path
-
-
 def save(content: Any, path: str) -> None:
     """Write ``content`` with ``torch.save`` so that ``path`` is never half-written.
 
     :raises OSError: if it cannot be written; ``path`` is then as it was.
     """
-    if is_remote(path):
-        with bf.BlobFile(path, "wb") as file:
-            torch.save(content, file)
-        return
-    partial = f"{path}.partial"
     try:
-        with open(partial, "wb") as file:
+        with atomic_write(path) as file:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        Path(partial).unlink(missing_ok=True)
-        # torch reports a failed write as RuntimeError.
+    except RuntimeError as error:  # what torch makes of a failed write
         raise OSError(f"cannot write {path}: {error}") from error
 
 

@@ -10,7 +10,6 @@ Legend: N samples, H, W height and width, C channels.
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import math
@@ -24,6 +23,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from improved_diffusion.brats import LABEL_NAMES, MASK_CHANNEL, PALETTE, snap_mask
+from improved_diffusion.files import atomic_write
 from improved_diffusion.logger import read_progress
 
 MIN_PANEL = 128  # pixels; smaller images are enlarged to at least this height and width
@@ -206,7 +206,8 @@ def save_grid(image: Image.Image, path: str) -> None:
     _extension(path, ("png",))
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
-    _write(path, buffer.getvalue())
+    with atomic_write(path) as file:
+        file.write(buffer.getvalue())
 
 
 def read_samples(path: str) -> tuple[np.ndarray, list[str] | None]:
@@ -430,7 +431,8 @@ def loss_plot(
     figure.legend(loc="outside upper center", ncols=2, frameon=False, fontsize="small")
     buffer = io.BytesIO()
     figure.savefig(buffer, format=extension, dpi=200)
-    _write(out_path, buffer.getvalue())
+    with atomic_write(out_path) as file:
+        file.write(buffer.getvalue())
 
 
 def _figure():
@@ -460,21 +462,3 @@ def _extension(path: str, allowed: Sequence[str]) -> str:
             + " or ".join(f".{name}" for name in allowed)
         )
     return extension
-
-
-def _write(path: str, data: bytes) -> None:
-    """Write a file so that only the complete one ever has its name."""
-    if "://" in path:
-        with bf.BlobFile(path, "wb") as file:  # uploaded in one piece
-            file.write(data)
-        return
-    partial = f"{path}.partial"
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(partial, "wb") as file:
-            file.write(data)
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(partial)
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error

@@ -28,6 +28,8 @@ from typing import Any, TextIO
 
 import blobfile as bf
 
+from improved_diffusion.files import atomic_write, is_remote
+
 DEBUG = 10
 INFO = 20
 WARN = 30
@@ -364,7 +366,7 @@ def _open_logger(
     try:
         folder = _new_run_folder() if not dir else os.path.expanduser(dir)
         bf.makedirs(folder)
-        if not _is_remote(folder) and not os.access(folder, os.W_OK):
+        if not is_remote(folder) and not os.access(folder, os.W_OK):
             raise PermissionError(None, "permission denied")
     except OSError as error:
         raise ValueError(
@@ -617,10 +619,6 @@ def _shorten(text: str) -> str:
     return f"{text[:half]}...{text[-half:]}"
 
 
-def _is_remote(path: str) -> bool:
-    return "://" in path
-
-
 def _read(path: str) -> str:
     if not bf.exists(path):
         return ""
@@ -634,22 +632,8 @@ def _append(path: str, text: str) -> None:
 
 
 def _replace(path: str, text: str) -> None:
-    """Rewrite a file so that a reader or a crash sees either the old or the new content."""
-    if _is_remote(path):
-        with bf.BlobFile(path, "wb") as file:  # uploaded in one piece
-            file.write(text.encode())
-        return
-    partial = f"{path}.partial"
-    try:
-        with open(partial, "wb") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            os.unlink(partial)
-        raise OSError(f"cannot write {path}: {error.strerror or error}") from error
+    with atomic_write(path) as file:
+        file.write(text.encode())
 
 
 def _complete_lines(text: str) -> str:
