@@ -37,8 +37,10 @@ $(DEMO_MODEL): | $(DEMO)/slices
 	$(RUN) scripts/image_train.py --data_dir $(DEMO)/slices --channels T1CE,Seg \
 		--out_dir $(DEMO)/run --resume_checkpoint latest --max_steps $(DEMO_STEPS) \
 		--image_size 64 --num_channels 32 --num_res_blocks 1 --channel_mult 1,1,2,4 \
-		--attention_resolutions 8 --num_heads 1 --predict_v True --learn_sigma False \
-		--batch_size 8 --lr 1e-3 --ema_rate 0.99 --save_interval 300 --sample_interval 300
+		--attention_resolutions 8 --num_heads 1 --noise_schedule cosine \
+		--predict_v True --learn_sigma False --sigma_small True \
+		--batch_size 8 --lr 2e-3 --lr_anneal_steps $(DEMO_STEPS) --ema_rate 0.99 \
+		--save_interval 300 --sample_interval 450 --sample_respacing 50
 
 $(DEMO)/samples: | $(DEMO_MODEL)
 	$(RUN) scripts/image_sample.py --model_path $(DEMO_MODEL) --sample_dir $@ \

@@ -69,21 +69,19 @@ def load(path: str, map_location: Any = "cpu") -> Any:
     """
     if not bf.exists(path) or bf.isdir(path):
         raise ValueError(f"there is no checkpoint file {path}; check the path")
-    try:
-        with bf.BlobFile(path, "rb") as file:
-            source = io.BytesIO(file.read()) if is_remote(path) else file
+    with bf.BlobFile(path, "rb") as file:
+        source = io.BytesIO(file.read()) if is_remote(path) else file
+        try:
             return torch.load(source, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
-        if re.search("global|class|function", str(error), re.IGNORECASE):
-            raise ValueError(
-                f"{path} holds more than tensors and plain values, which could run code when "
-                "opened; it was not loaded. Use a checkpoint that holds a plain state dict"
-            ) from error
-        raise ValueError(_unreadable(path)) from error
-    except OSError:
-        raise
-    except Exception as error:  # what arbitrary bytes raise has no bound
-        raise ValueError(_unreadable(path)) from error
+        except Exception as error:  # what arbitrary bytes raise has no bound
+            if isinstance(error, pickle.UnpicklingError) and re.search(
+                "global|class|function", str(error), re.IGNORECASE
+            ):
+                raise ValueError(
+                    f"{path} holds more than tensors and plain values, which could run code when "
+                    "opened; it was not loaded. Use a checkpoint that holds a plain state dict"
+                ) from error
+            raise ValueError(_unreadable(path)) from error
 
 
 def _unreadable(path: str) -> str:

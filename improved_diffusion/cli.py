@@ -19,20 +19,31 @@ def run(main: Callable[[], None]) -> None:
     """Call ``main()`` and end the process as a command-line program should.
 
     ``ValueError`` and ``OSError`` are the user's to mend: their message is printed as one
-    ``error:`` line on standard error and the exit status is 2. Any other exception is a bug and
-    keeps its traceback. With the environment variable ``IMPROVED_DIFFUSION_TRACEBACK=1`` the
-    traceback of a user's error is shown too.
+    ``error:`` line on standard error and the exit status is 2, as for a GPU without enough
+    memory. Any other exception is a bug and keeps its traceback. With the environment variable
+    ``IMPROVED_DIFFUSION_TRACEBACK=1`` the traceback of a user's error is shown too.
     """
     try:
         main()
     except (ValueError, OSError) as error:
-        if os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0"):
+        if _shows_traceback():
             raise
         print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except RuntimeError as error:
+        # torch.OutOfMemoryError, known by its name because not every script loads torch.
+        if type(error).__name__ != "OutOfMemoryError" or _shows_traceback():
+            raise
+        advice = "lower --microbatch in training, --batch_size in sampling"
+        print(f"error: the GPU's memory is too small; {advice}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+
+
+def _shows_traceback() -> bool:
+    return os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0")
 
 
 def progress(items: Iterable[T], *, total: int, desc: str, unit: str = "it") -> Iterator[T]:

@@ -5,6 +5,7 @@ Shapes: N samples, C channels, H height, W width.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -61,11 +62,19 @@ def draw_batches(
     num_samples: int,
     batch_size: int,
     shape: Sequence[int],
+    *,
+    progress: bool = False,
     **options: object,
 ) -> Iterator[np.ndarray]:
-    """Yield batches of :func:`draw`, as levels [N, H, W, C], until there are ``num_samples``."""
+    """Yield batches of :func:`draw`, as levels [N, H, W, C], until there are ``num_samples``.
+
+    :param progress: say which samples are being drawn, and show the steps of each batch.
+    """
     for indices in batches(num_samples, batch_size):
-        yield to_levels(draw(model, diffusion, indices, shape, **options))
+        if progress:
+            done = f"samples {indices.start + 1} to {indices.stop} of {num_samples}"
+            print(done, file=sys.stderr, flush=True)
+        yield to_levels(draw(model, diffusion, indices, shape, progress=progress, **options))
 
 
 def to_levels(samples: torch.Tensor) -> np.ndarray:

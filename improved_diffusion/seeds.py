@@ -14,7 +14,10 @@ def derive_seed(seed: int, purpose: str, index: int) -> int:
     runs. The stream's start is hashed and the index counts on from it.
 
     :return: an integer in [0, 2**32).
+    :raises ValueError: if ``seed`` is negative.
     """
+    if seed < 0:
+        raise ValueError(f"--seed {seed}: give a whole number from 0 on")
     start = np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1)[0]
     return (int(start) + index) % 2**32
 

@@ -153,7 +153,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, channels: int, num_heads: int = 1, use_checkpoint: bool = False) -> None:
         super().__init__()
-        if channels % num_heads:
+        if num_heads < 1 or channels % num_heads:
             raise ValueError(
                 f"--num_heads {num_heads} does not divide the {channels} channels of an attention "
                 "layer; choose a divisor"
@@ -219,6 +219,8 @@ class UNetModel(nn.Module):
         super().__init__()
         if in_channels < 1:
             raise ValueError(f"--in_channels is at least 1, not {in_channels}")
+        if num_res_blocks < 1:
+            raise ValueError(f"--num_res_blocks is at least 1, not {num_res_blocks}")
         widths = [int(mult * model_channels) for mult in channel_mult]
         for width in {model_channels, *widths}:
             if width < 1 or width % NORM_GROUPS:

@@ -1,12 +1,10 @@
 """Draw samples from a trained model and write them as a folder."""
 
-import argparse
-import time
 from typing import Any
 
 from brats_dataset import resolve_channels
 from improved_diffusion import __version__, checkpoint, cli, dist_util
-from improved_diffusion.samples import SampleFolder
+from improved_diffusion.samples import write_sample_folder
 from improved_diffusion.sampling import draw_batches
 from improved_diffusion.script_util import (
     Loaded,
@@ -34,8 +32,7 @@ SAMPLING_FLAGS: dict[str, tuple[Any, str]] = {
 
 def main() -> None:
     parser = script_parser(__doc__, "sampling", SAMPLING_FLAGS)
-    given = given_flags(parser)
-    args = argparse.Namespace(**{**vars(parser.parse_args([])), **given})
+    args, given = parser.parse_args(), given_flags(parser)
     dist_util.setup_dist()
     if not args.model_path:
         raise ValueError("--model_path is missing; name a model or EMA file")
@@ -50,8 +47,6 @@ def main() -> None:
     model = loaded.model.to(dist_util.dev()).eval()
     size = loaded.flags["image_size"]
 
-    folder = SampleFolder(args.sample_dir, channels)
-    start = time.monotonic()
     batches = draw_batches(
         model,
         loaded.diffusion,
@@ -62,21 +57,17 @@ def main() -> None:
         device=dist_util.dev(),
         use_ddim=args.use_ddim,
         clip_denoised=args.clip_denoised,
+        progress=True,
     )
-    count = -(-args.num_samples // args.batch_size)
-    for levels in cli.progress(batches, total=count, desc="sampling", unit="batch"):
-        folder.add(levels)
-    folder.finish(
-        {
-            "checkpoint": args.model_path,
-            "checkpoint_sha256": checkpoint.sha256(args.model_path),
-            "step": loaded.metadata.get("step"),
-            "flags": {**vars(args), **loaded.flags},
-            "device": str(dist_util.dev()),
-            "seconds_per_sample": round((time.monotonic() - start) / args.num_samples, 4),
-            "version": __version__,
-        }
-    )
+    record = {
+        "checkpoint": args.model_path,
+        "checkpoint_sha256": checkpoint.sha256(args.model_path),
+        "step": loaded.metadata.get("step"),
+        "flags": {**vars(args), **loaded.flags},
+        "device": str(dist_util.dev()),
+        "version": __version__,
+    }
+    write_sample_folder(args.sample_dir, channels, batches, record)
     print(f"wrote {args.num_samples} samples to {args.sample_dir}")
 
 

@@ -54,8 +54,7 @@ NOT_CONTINUED = ("out_dir", "resume_checkpoint", "num_workers")
 
 def main() -> None:
     parser = script_parser(__doc__, "training", TRAINING_FLAGS)
-    given = given_flags(parser)
-    flags = {**vars(parser.parse_args([])), **given}
+    flags, given = vars(parser.parse_args()), given_flags(parser)
     dist_util.setup_dist()
 
     resume = checkpoint.find_resume_checkpoint(flags["resume_checkpoint"], flags["out_dir"])
@@ -69,8 +68,7 @@ def main() -> None:
     args = argparse.Namespace(**flags)
     channels = choose_channels(given, loaded, resume)
     args.channels, args.in_channels = ",".join(channels), len(channels)
-    if args.log_interval < 1:
-        raise ValueError(f"--log_interval {args.log_interval}: give 1 or more")
+    check_numbers(args)
 
     data = brats_dataset.load_data(
         data_dir=args.data_dir,
@@ -130,6 +128,23 @@ def main() -> None:
         logger.log(f"stopped at step {loop.step}; continue with: {continue_command()}")
     else:
         logger.log(f"finished at step {loop.step}")
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Refuse numbers with which nothing can be trained."""
+    for flag in ("log_interval", "lr"):
+        if not vars(args)[flag] > 0:
+            raise ValueError(f"--{flag} {vars(args)[flag]}: give a number above 0")
+    for flag in (
+        "weight_decay",
+        "lr_anneal_steps",
+        "max_steps",
+        "save_interval",
+        "sample_interval",
+        "num_workers",
+    ):
+        if not vars(args)[flag] >= 0:
+            raise ValueError(f"--{flag} {vars(args)[flag]}: give 0 or more")
 
 
 def choose_channels(given: dict[str, Any], loaded: Loaded | None, resume: str) -> list[str]:

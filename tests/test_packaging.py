@@ -1,3 +1,4 @@
+import re
 import shutil
 import subprocess
 import sys
@@ -37,14 +38,37 @@ def test_wheel_holds_the_code(tmp_path):
     assert required == {"torch", "numpy", "nibabel", "pillow", "blobfile", "mpi4py", "tqdm"}
 
 
-def test_every_flag_stands_in_the_readme():
+def number_or_text(text):
+    try:
+        return float(text)
+    except ValueError:
+        return text
+
+
+@pytest.mark.parametrize(
+    ("name", "section"),
+    [
+        ("image_train", "Training"),
+        ("image_sample", "Sampling"),
+        ("brats_prepare", "Your BraTS data in five commands"),
+        ("brats_phantom", ""),
+    ],
+)
+def test_readme_tells_every_flag_and_its_default(name, section):
     readme = (ROOT / "README.md").read_text()
-    for name in ("image_train", "image_sample", "brats_prepare", "brats_phantom"):
-        script = ROOT / "scripts" / f"{name}.py"
-        output = subprocess.run(
-            [sys.executable, script, "--help"], capture_output=True, text=True, check=True
-        ).stdout
-        flags = {word for word in output.split() if word.startswith("--") and word != "--"}
-        assert len(flags) > 3
-        for flag in flags:
-            assert f"`{flag.strip('.,;:)')}" in readme or f" {flag} " in readme, (name, flag)
+    told = {}
+    if section:
+        table = readme.split(f"\n## {section}\n")[1].split("\n## ")[0]
+        told = dict(re.findall(r"^\| `(--\w+)` \| (.*?) \|", table, re.MULTILINE))
+        assert len(told) > 5
+    command = [sys.executable, ROOT / "scripts" / f"{name}.py", "--help"]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    entries = re.split(r"\s(?=--[a-z_]+ [A-Z{])", " ".join(output.split("options:")[1].split()))
+    flags = {entry.split()[0]: entry for entry in entries if not entry.startswith("-h")}
+    assert len(flags) > 3
+    for flag, entry in flags.items():
+        assert flag in re.findall(r"--\w+", readme), flag
+        default = re.search(r"\(default: ([^() ]+)\)$", entry)
+        if default and flag in told and " " not in told[flag] and default[1] != "None":
+            own = told[flag].strip("`")
+            assert number_or_text(own) == number_or_text(default[1]), flag
