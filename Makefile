@@ -20,8 +20,8 @@ test: $(READY)
 
 # Each step is made once; an interrupted one is continued by the next call.
 DEMO = demo
-DEMO_STEPS = 900
-DEMO_MODEL = $(DEMO)/run/ema_0.99_000900.pt
+DEMO_STEPS = 750
+DEMO_MODEL = $(DEMO)/run/ema_0.99_000$(DEMO_STEPS).pt
 
 demo: $(DEMO)/grid.png $(DEMO)/loss.png
 	@echo "Look at $(DEMO)/grid.png (real beside synthetic), $(DEMO)/samples and $(DEMO)/loss.png"
@@ -40,7 +40,7 @@ $(DEMO_MODEL): | $(DEMO)/slices
 		--attention_resolutions 8 --num_heads 1 --noise_schedule cosine \
 		--predict_v True --learn_sigma False --sigma_small True \
 		--batch_size 8 --lr 2e-3 --lr_anneal_steps $(DEMO_STEPS) --ema_rate 0.99 \
-		--save_interval 300 --sample_interval 450 --sample_respacing 50
+		--save_interval 250 --sample_interval 375 --sample_respacing 50
 
 $(DEMO)/samples: | $(DEMO_MODEL)
 	$(RUN) scripts/image_sample.py --model_path $(DEMO_MODEL) --sample_dir $@ \
