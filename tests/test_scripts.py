@@ -271,7 +271,8 @@ def test_from_scans_to_samples(tmp_path):
     assert [case["split"] for case in dataset["cases"]].count("test") == 1
 
     train = ["--data_dir", "slices", "--channels", "FLAIR,T1CE,Seg", *TRAIN]
-    train += ["--max_steps", 40, "--sample_interval", 0]
+    # A loader's process gets the signal to the group too, and must not end before the step does.
+    train += ["--max_steps", 40, "--sample_interval", 0, "--num_workers", 1]
     script = ROOT / "scripts/image_train.py"
     call(ROOT / "run_script.sh", script, *train, "--out_dir", "run one", "--save_interval", 10)
     progress = work / "run one/progress.csv"
