@@ -21,18 +21,18 @@ setup(
     py_modules=["brats_dataset"],
     install_requires=[
         "torch>=2.4",
-        "numpy>=1.24",
+        "numpy>=1.26",
         "nibabel>=5.0",
-        "pillow>=9.5",
+        "pillow>=10.1",
         "blobfile>=2.0",
         "mpi4py>=3.1",
         "tqdm>=4.60",
     ],
     extras_require={
-        "plots": ["matplotlib>=3.7"],
+        "plots": ["matplotlib>=3.10"],
         "tensorboard": ["tensorboard>=2.12"],
         # mpi4py needs an MPI library only for runs of several processes; this one comes as a wheel.
         "mpi": ["mpich"],
-        "test": ["matplotlib>=3.7", "pytest>=7.4", "pytest-xdist>=3.3", "ruff==0.17.6"],
+        "test": ["matplotlib>=3.10", "pytest>=7.4", "pytest-xdist>=3.3", "ruff==0.17.6"],
     },
 )

@@ -49,8 +49,13 @@ def write_sample_folder(
         )
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    for channel in channels or [""]:
-        (partial / channel).mkdir(parents=True)
+    try:
+        for channel in channels or [""]:
+            (partial / channel).mkdir(parents=True)
+    except OSError as error:
+        raise OSError(
+            f"--sample_dir {folder} cannot be made ({error.strerror}); choose another folder"
+        ) from error
 
     start = time.monotonic()
     arrays: list[np.ndarray] = []

@@ -217,7 +217,9 @@ def test_output_that_cannot_be_written(trained, slices, script, tmp_path):
     out = tmp_path / "file" / "out"
     refused(script("image_train", "--data_dir", slices, *TRAIN, "--out_dir", out), out)
     model = trained / "model000004.pt"
-    refused(script("image_sample", "--model_path", model, "--sample_dir", out), "file")
+    refused(
+        script("image_sample", "--model_path", model, "--sample_dir", out), f"--sample_dir {out}"
+    )
 
 
 def test_bad_sampling_flags(trained, script, tmp_path):
