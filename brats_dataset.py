@@ -22,6 +22,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from improved_diffusion import brats
+from improved_diffusion.seeds import check_seed
 
 # The two defaults, which flags and arguments override: the channels to train on, and the folder of
 # the slices.
@@ -174,7 +175,7 @@ def load_data(
     :raises ValueError: anything wrong with the folder, a file or the settings; also from the
         iterator, when a file turns out to be unreadable.
     """
-    brats.check_seed(seed)
+    check_seed(seed)
     if class_cond:
         raise ValueError("--class_cond True: slice folders have no class labels; leave it False.")
     channels = list(CHANNELS if brats_channels is None else brats_channels)

@@ -118,12 +118,6 @@ def natural_key(text: str) -> tuple:
     return tuple(int(part) if i % 2 else part for i, part in enumerate(parts)), text
 
 
-def check_seed(seed: int) -> None:
-    """Refuse a seed that numpy's generators do not take."""
-    if seed < 0:
-        raise ValueError(f"--seed {seed}: a seed is 0 or a positive whole number.")
-
-
 def _nearest_codes() -> np.ndarray:
     distance = np.abs(np.arange(256)[:, None] - np.array(MASK_CODES)[None, :])
     return np.array(MASK_CODES, dtype=np.uint8)[distance.argmin(axis=1)]  # first, so lower, wins

@@ -21,6 +21,7 @@ from PIL import Image
 from improved_diffusion import brats
 from improved_diffusion.files import atomic_write
 from improved_diffusion.parallel import Progress, default_workers, no_progress, process_map
+from improved_diffusion.seeds import check_seed
 
 # 56 of the 369 patients of BraTS 2020 were held out in the published preparation.
 _TEST_SHARE = 56 / 369
@@ -145,7 +146,7 @@ def choose_test_patients(
     :param test_patients: how many; None: 56 of 369 in proportion, at least one of two or more.
     :raises ValueError: a negative number, or so many that no patient is left for training.
     """
-    brats.check_seed(seed)
+    check_seed(seed)
     distinct = list(dict.fromkeys(patients))
     if test_patients is None:
         test_patients = max(1, round(_TEST_SHARE * len(distinct))) if len(distinct) > 1 else 0

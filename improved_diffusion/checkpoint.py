@@ -156,12 +156,11 @@ def sha256(path: str) -> str:
     return digest.hexdigest()
 
 
-def step_of(path: str, weights: OrderedDict[str, torch.Tensor]) -> int:
-    """Completed steps of the checkpoint ``path``: from inside the file, else from its name.
+def step_of(path: str, metadata: dict[str, Any]) -> int:
+    """Completed steps of the checkpoint ``path``: from its metadata, else from its name.
 
     :raises ValueError: if neither tells.
     """
-    metadata = metadata_of(weights)
     if "step" in metadata:
         return int(metadata["step"])
     if match := _STEP.search(bf.basename(path)):

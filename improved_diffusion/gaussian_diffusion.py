@@ -60,8 +60,8 @@ class ModelVarType(enum.Enum):
 class LossType(enum.Enum):
     """What is minimised."""
 
-    MSE = enum.auto()  # L_simple, Eq. 14; with a learned variance L_simple + L_vlb
-    RESCALED_MSE = enum.auto()  # L_hybrid, Eq. 16: the bound weighted by T / 1000 of its estimate
+    MSE = enum.auto()  # L_simple, Eq. 14; with a learned variance plus one term of L_vlb
+    RESCALED_MSE = enum.auto()  # L_hybrid, Eq. 16: that term times T / 1000
     KL = enum.auto()  # one term of L_vlb
     RESCALED_KL = enum.auto()  # an estimate of the whole L_vlb: T times one term
 

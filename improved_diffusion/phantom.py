@@ -20,8 +20,8 @@ from collections.abc import Callable, Sequence
 import nibabel as nib
 import numpy as np
 
-from improved_diffusion.brats import check_seed
 from improved_diffusion.parallel import Progress, default_workers, no_progress, process_map
+from improved_diffusion.seeds import check_seed
 
 SHAPE = (240, 240, 155)
 AFFINE = np.array([[-1, 0, 0, 0], [0, -1, 0, 239], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=np.float64)

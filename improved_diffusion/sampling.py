@@ -12,7 +12,32 @@ import numpy as np
 import torch
 
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion, Model
-from improved_diffusion.seeds import SampleNoise
+from improved_diffusion.seeds import derive_seed
+
+
+class SampleNoise:
+    """Standard normal noise in which every sample has a stream of its own.
+
+    Sample ``i`` draws the same numbers whatever samples are drawn beside it. The numbers are made
+    on ``device``, so a CPU and a CUDA GPU give different ones.
+
+    :param indices: the sample's number for each row of a batch.
+    """
+
+    def __init__(self, seed: int, indices: range, device: torch.device | str) -> None:
+        self.generators = [
+            torch.Generator(device).manual_seed(derive_seed(seed, "sample", i)) for i in indices
+        ]
+
+    def __call__(self, like: torch.Tensor) -> torch.Tensor:
+        """The next noise of every sample: ``like``'s shape [N, ...], type and device."""
+        assert len(like) == len(self.generators)
+        return torch.stack(
+            [
+                torch.randn(like.shape[1:], generator=generator, device=like.device)
+                for generator in self.generators
+            ]
+        ).to(like.dtype)
 
 
 def batches(num_samples: int, batch_size: int) -> list[range]:

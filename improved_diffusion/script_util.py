@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from improved_diffusion import checkpoint, schedules
+from improved_diffusion import brats, checkpoint, schedules
 from improved_diffusion.gaussian_diffusion import (
     GaussianDiffusion,
     LossType,
@@ -389,12 +386,7 @@ class Loaded:
     diffusion: SpacedDiffusion
     flags: dict[str, Any]
     metadata: dict[str, Any]
-    weights: OrderedDict[str, torch.Tensor]
-
-    @property
-    def channels(self) -> list[str]:
-        """Names of the image channels, empty where the checkpoint doesn't tell."""
-        return list(self.metadata.get("channels", []))
+    channels: list[str]  # names of the image channels; empty where nothing tells them
 
 
 def load_model_and_diffusion(path: str, given: dict[str, Any] | None = None) -> Loaded:
@@ -402,14 +394,25 @@ def load_model_and_diffusion(path: str, given: dict[str, Any] | None = None) -> 
 
     :param path: a model or EMA file. Flags that it doesn't hold (files of the reference hold
         none) come from ``given`` and the defaults.
-    :param given: flags that the user named. Those that training has fixed must agree with the
-        checkpoint's; the others replace them.
+    :param given: flags that the user named. Those that training has fixed, and ``channels``, must
+        agree with the checkpoint's; the other model flags replace them.
     :raises ValueError: for an unreadable file, a contradiction or another architecture.
     """
     given = given or {}
     weights = checkpoint.load_weights(path)
     metadata = checkpoint.metadata_of(weights)
     trained = metadata.get("flags", {})
+    channels = list(metadata.get("channels", []))
+    if given.get("channels"):
+        named = brats.parse_channels(given["channels"])
+        if channels and named != channels:
+            raise ValueError(
+                f"--channels {given['channels']} contradicts the checkpoint {path}, which was "
+                f"trained on {','.join(channels)}; leave the flag out"
+            )
+        channels = named
+        # A file without flags is told by their names how many channels it has.
+        given = {"in_channels": len(named), **given}
     for name in FIXED_BY_TRAINING:
         if name in given and name in trained and given[name] != trained[name]:
             raise ValueError(
@@ -418,9 +421,14 @@ def load_model_and_diffusion(path: str, given: dict[str, Any] | None = None) -> 
             )
     defaults = model_and_diffusion_defaults()
     flags = {name: {**defaults, **trained, **given}[name] for name in defaults}
+    if channels and flags["in_channels"] != len(channels):
+        raise ValueError(
+            f"--in_channels {flags['in_channels']} contradicts --channels {','.join(channels)}; "
+            "leave --in_channels out"
+        )
     model, diffusion = create_model_and_diffusion(**flags)
     checkpoint.load_into(model, weights, path)
-    return Loaded(model, diffusion, flags, metadata, weights)
+    return Loaded(model, diffusion, flags, metadata, channels)
 
 
 # Command lines

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
-import torch
+
+
+def check_seed(seed: int) -> None:
+    """Refuse a seed that numpy's generators do not take."""
+    if seed < 0:
+        raise ValueError(f"--seed {seed}: a seed is 0 or a positive whole number.")
 
 
 def derive_seed(seed: int, purpose: str, index: int) -> int:
@@ -16,32 +21,6 @@ def derive_seed(seed: int, purpose: str, index: int) -> int:
     :return: an integer in [0, 2**32).
     :raises ValueError: if ``seed`` is negative.
     """
-    if seed < 0:
-        raise ValueError(f"--seed {seed}: give a whole number from 0 on")
+    check_seed(seed)
     start = np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1)[0]
     return (int(start) + index) % 2**32
-
-
-class SampleNoise:
-    """Standard normal noise in which every sample has a stream of its own.
-
-    Sample ``i`` draws the same numbers whatever samples are drawn beside it. The numbers are made
-    on ``device``, so a CPU and a CUDA GPU give different ones.
-
-    :param indices: the sample's number for each row of a batch.
-    """
-
-    def __init__(self, seed: int, indices: range, device: torch.device | str) -> None:
-        self.generators = [
-            torch.Generator(device).manual_seed(derive_seed(seed, "sample", i)) for i in indices
-        ]
-
-    def __call__(self, like: torch.Tensor) -> torch.Tensor:
-        """The next noise of every sample: ``like``'s shape [N, ...], type and device."""
-        assert len(like) == len(self.generators)
-        return torch.stack(
-            [
-                torch.randn(like.shape[1:], generator=generator, device=like.device)
-                for generator in self.generators
-            ]
-        ).to(like.dtype)

@@ -387,7 +387,7 @@ class TrainLoop:
 
     def _resume(self, path: str, weight_decay: float) -> None:
         weights = checkpoint.load_weights(path, self.device)
-        self.step = checkpoint.step_of(path, weights)
+        self.step = checkpoint.step_of(path, checkpoint.metadata_of(weights))
         checkpoint.load_into(self.model, weights, path)
 
         names = [name for name, _ in self.model.named_parameters()]

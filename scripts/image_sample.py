@@ -2,15 +2,12 @@
 
 from typing import Any
 
-from brats_dataset import resolve_channels
 from improved_diffusion import __version__, checkpoint, cli, dist_util
 from improved_diffusion.samples import write_sample_folder
 from improved_diffusion.sampling import draw_batches
 from improved_diffusion.script_util import (
-    Loaded,
     given_flags,
     load_model_and_diffusion,
-    model_flags_of,
     script_parser,
 )
 
@@ -32,7 +29,7 @@ SAMPLING_FLAGS: dict[str, tuple[Any, str]] = {
 
 def main() -> None:
     parser = script_parser(__doc__, "sampling", SAMPLING_FLAGS)
-    args, given = parser.parse_args(), given_flags(parser)
+    args = parser.parse_args()
     dist_util.setup_dist()
     if not args.model_path:
         raise ValueError("--model_path is missing; name a model or EMA file")
@@ -40,8 +37,7 @@ def main() -> None:
         if vars(args)[flag] < 1:
             raise ValueError(f"--{flag} {vars(args)[flag]}: give 1 or more")
 
-    loaded = load_model_and_diffusion(args.model_path, model_flags_of(given))
-    channels = choose_channels(given, loaded)
+    loaded = load_model_and_diffusion(args.model_path, given_flags(parser))
     if loaded.flags["class_cond"]:
         raise ValueError(f"{args.model_path} is class-conditional, which is not supported yet")
     model = loaded.model.to(dist_util.dev()).eval()
@@ -67,21 +63,8 @@ def main() -> None:
         "device": str(dist_util.dev()),
         "version": __version__,
     }
-    write_sample_folder(args.sample_dir, channels, batches, record)
+    write_sample_folder(args.sample_dir, loaded.channels, batches, record)
     print(f"wrote {args.num_samples} samples to {args.sample_dir}")
-
-
-def choose_channels(given: dict[str, Any], loaded: Loaded) -> list[str]:
-    """Names of the channels: the checkpoint's or else the flag's."""
-    if not given.get("channels"):
-        return loaded.channels
-    channels = resolve_channels(given["channels"], loaded.flags["in_channels"])
-    if loaded.channels and channels != loaded.channels:
-        raise ValueError(
-            f"--channels {given['channels']} contradicts the checkpoint, which was trained on "
-            f"{','.join(loaded.channels)}; leave the flag out"
-        )
-    return channels
 
 
 if __name__ == "__main__":

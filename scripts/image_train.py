@@ -12,7 +12,6 @@ from improved_diffusion import __version__, checkpoint, cli, dist_util, logger
 from improved_diffusion.resample import NAMES, create_named_schedule_sampler
 from improved_diffusion.respace import respaced
 from improved_diffusion.script_util import (
-    Loaded,
     create_model_and_diffusion,
     given_flags,
     load_model_and_diffusion,
@@ -60,13 +59,16 @@ def main() -> None:
     resume = checkpoint.find_resume_checkpoint(flags["resume_checkpoint"], flags["out_dir"])
     loaded, step = None, 0
     if resume:
-        loaded = load_model_and_diffusion(resume, model_flags_of(given))
-        step = checkpoint.step_of(resume, loaded.weights)
+        loaded = load_model_and_diffusion(resume, given)
+        step = checkpoint.step_of(resume, loaded.metadata)
         saved = checkpoint.training_flags(resume, step)
         kept = {name: value for name, value in saved.items() if name not in NOT_CONTINUED}
         flags = {**flags, **kept, **loaded.flags, **given}
     args = argparse.Namespace(**flags)
-    channels = choose_channels(given, loaded, resume)
+    channels = loaded.channels if loaded else []
+    if not channels:
+        number = loaded.flags["in_channels"] if loaded else given.get("in_channels")
+        channels = brats_dataset.resolve_channels(given.get("channels"), number)
     args.channels, args.in_channels = ",".join(channels), len(channels)
     check_numbers(args)
 
@@ -82,8 +84,11 @@ def main() -> None:
         num_workers=args.num_workers,
     )
     model_flags = model_flags_of(vars(args))
-    torch.manual_seed(derive_seed(args.seed, "weights", 0))
-    model, diffusion = create_model_and_diffusion(**model_flags)
+    if loaded:
+        model, diffusion = loaded.model, loaded.diffusion
+    else:
+        torch.manual_seed(derive_seed(args.seed, "weights", 0))
+        model, diffusion = create_model_and_diffusion(**model_flags)
     schedule_sampler = create_named_schedule_sampler(args.schedule_sampler, diffusion)
     parse_ema_rates(args.ema_rate)
     respacing = args.sample_respacing
@@ -145,20 +150,6 @@ def check_numbers(args: argparse.Namespace) -> None:
     ):
         if not vars(args)[flag] >= 0:
             raise ValueError(f"--{flag} {vars(args)[flag]}: give 0 or more")
-
-
-def choose_channels(given: dict[str, Any], loaded: Loaded | None, resume: str) -> list[str]:
-    """The channels to train on: the checkpoint's, where there is one that tells."""
-    if loaded is None or not loaded.channels:
-        return brats_dataset.resolve_channels(given.get("channels"), given.get("in_channels"))
-    if given.get("channels"):
-        wanted = brats_dataset.resolve_channels(given["channels"], given.get("in_channels"))
-        if wanted != loaded.channels:
-            raise ValueError(
-                f"--channels {given['channels']} contradicts {resume}, which was trained on "
-                f"{','.join(loaded.channels)}; leave the flag out"
-            )
-    return loaded.channels
 
 
 def continue_command() -> str:

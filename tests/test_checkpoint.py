@@ -49,7 +49,7 @@ def test_flags_travel_inside_without_adding_a_key(model, saved):
     loaded = load_model_and_diffusion(saved)
     assert loaded.flags == FLAGS
     assert loaded.channels == ["Seg", "T1CE"]
-    assert checkpoint.step_of(saved, loaded.weights) == 5
+    assert checkpoint.step_of(saved, loaded.metadata) == 5
     for name, value in loaded.model.state_dict().items():
         assert torch.equal(value, model.state_dict()[name])
 
@@ -74,16 +74,26 @@ def test_file_of_the_reference_takes_flags_from_the_user(model, tmp_path):
     torch.save(OrderedDict(model.state_dict()), path)
     loaded = load_model_and_diffusion(path, FLAGS)
     assert loaded.channels == []
-    assert checkpoint.step_of(path, loaded.weights) == 70
+    assert checkpoint.step_of(path, loaded.metadata) == 70
     with pytest.raises(ValueError, match=r"another architecture.*input_blocks"):
         load_model_and_diffusion(path, {**FLAGS, "num_res_blocks": 2})
     with pytest.raises(ValueError, match=r"is \[32, 2, 3, 3\] in the file and \[32, 1, 3, 3\]"):
         load_model_and_diffusion(path, {**FLAGS, "in_channels": 1})
 
 
-def test_step_that_nothing_tells(model, tmp_path):
+def test_file_of_the_reference_is_told_its_channels_by_name(model, tmp_path):
+    path = str(tmp_path / "model000001.pt")
+    torch.save(OrderedDict(model.state_dict()), path)
+    given = {name: value for name, value in FLAGS.items() if name != "in_channels"}
+    loaded = load_model_and_diffusion(path, {**given, "channels": "T1CE,Seg"})
+    assert (loaded.channels, loaded.flags["in_channels"]) == (["Seg", "T1CE"], 2)
+    with pytest.raises(ValueError, match="--in_channels 2 contradicts --channels FLAIR,T1,T2"):
+        load_model_and_diffusion(path, {**FLAGS, "channels": "FLAIR,T1,T2"})
+
+
+def test_step_that_nothing_tells(tmp_path):
     with pytest.raises(ValueError, match="neither inside the file nor in its name"):
-        checkpoint.step_of(str(tmp_path / "best.pt"), model.state_dict())
+        checkpoint.step_of(str(tmp_path / "best.pt"), {})
 
 
 class Malicious:

@@ -7,8 +7,9 @@ from PIL import Image
 
 from improved_diffusion import sampling
 from improved_diffusion.samples import write_sample_folder
+from improved_diffusion.sampling import SampleNoise
 from improved_diffusion.script_util import create_gaussian_diffusion
-from improved_diffusion.seeds import SampleNoise, derive_seed
+from improved_diffusion.seeds import derive_seed
 
 SHAPE = (2, 4, 4)
 
