@@ -9,8 +9,6 @@ Legend: N batch, C channels in the fixed order FLAIR, Seg, T1, T1CE, T2, H rows,
 
 from __future__ import annotations
 
-import atexit
-import signal
 import struct
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,9 +17,10 @@ import blobfile as bf
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset
 
 from improved_diffusion import brats
+from improved_diffusion.batches import Batch, endless_batches
 from improved_diffusion.seeds import check_seed
 
 # The two defaults, which flags and arguments override: the channels to train on, and the folder of
@@ -31,17 +30,26 @@ ROOT = "./brats2020_313subjects_noaugmentation_singlesegmentationchannel_min15pe
 
 SPLITS = ("train", "test", "all")
 
+# A slice's class label y is the index of its name here: whether its mask shows any tumour.
+CLASSES = ["no-tumour", "tumour"]
+
 
 class load_channels_from_dir(Dataset):
-    """Slices as float32 tensors [C, H, W] in [-1, 1] (level / 127.5 - 1), each with an empty dict.
+    """Slices as float32 tensors [C, H, W] in [-1, 1] (level / 127.5 - 1), each with a dict.
+
+    The dict is empty, or holds ``y`` (int, see :data:`CLASSES`) and ``low_res`` [C, h, w].
 
     :param channel_paths: for every slice the list of its files, one per channel.
     :param transform: called with a slice's tensor; gives what to use instead.
-    :param return_class: must be False: slice folders have no class labels.
+    :param return_class: put the slice's label ``y`` into the dict. The mask must be among the
+        channels, or in ``mask_paths``.
     :param image_size: H and W to resize to: images by area averaging, the mask by nearest
         neighbour; None keeps the stored size.
     :param channels: channel names in the order of the files; None: told by the files' folders.
         Only which one is the mask matters.
+    :param low_res_size: h and w of ``low_res``, the slice resized to this from its stored size;
+        None: there is none.
+    :param mask_paths: for every slice the file of its mask, read for its label only.
     :raises ValueError: no slices, or (when a slice is read) a file that is not what it should be.
     """
 
@@ -53,18 +61,26 @@ class load_channels_from_dir(Dataset):
         *,
         image_size: int | None = None,
         channels: Sequence[str] | None = None,
+        low_res_size: int | None = None,
+        mask_paths: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
-        if return_class:
-            raise ValueError("return_class=True: slice folders have no class labels.")
         if len(channel_paths) == 0:
             raise ValueError("there are no slices to load: channel_paths is empty.")
         if channels is None:
             channels = [bf.basename(bf.dirname(path)) for path in channel_paths[0]]
+        if return_class and mask_paths is None and brats.MASK_CHANNEL not in channels:
+            raise ValueError(
+                f"return_class=True: the channels {', '.join(channels)} hold no mask that tells a"
+                f" slice's class; add {brats.MASK_CHANNEL} or give mask_paths."
+            )
         self.channel_paths = channel_paths
         self.num_channel = len(channel_paths[0])
         self.transform = transform
         self.image_size = image_size
+        self.low_res_size = low_res_size
+        self.return_class = return_class
+        self.mask_paths = mask_paths
         self._is_mask = [channel == brats.MASK_CHANNEL for channel in channels]
 
     def __len__(self) -> int:
@@ -79,16 +95,31 @@ class load_channels_from_dir(Dataset):
                     f"{path} has {_size_text(plane.size)} pixels but {paths[0]} has"
                     f" {_size_text(planes[0].size)}: all channels of a slice must have one size."
                 )
-        if self.image_size is not None:
-            planes = [
-                _resize(plane, self.image_size, is_mask)
-                for plane, is_mask in zip(planes, self._is_mask)
-            ]
-        levels = np.stack([np.asarray(plane, dtype=np.float64) for plane in planes])
-        slice_ = torch.from_numpy((levels / 127.5 - 1).astype(np.float32))  # [C, H, W]
+        slice_, resized = self._tensor(planes, self.image_size)
+        cond: dict = {}
+        if self.return_class:
+            if self.mask_paths is not None:
+                mask = _read_levels(self.mask_paths[int(idx)])
+                mask = _resize(mask, self.image_size or mask.width, is_mask=True)
+            else:
+                mask = resized[self._is_mask.index(True)]
+            cond["y"] = int(brats.snap_mask(np.asarray(mask)).any())
+        if self.low_res_size is not None:
+            cond["low_res"], _ = self._tensor(planes, self.low_res_size)
         if self.transform is not None:
             slice_ = self.transform(slice_)
-        return slice_, {}
+        return slice_, cond
+
+    def _tensor(
+        self, planes: Sequence[Image.Image], size: int | None
+    ) -> tuple[torch.Tensor, list[Image.Image | np.ndarray]]:
+        """The slice [C, size, size] in [-1, 1], and its resized planes."""
+        resized = [
+            _resize(plane, size or plane.width, is_mask)
+            for plane, is_mask in zip(planes, self._is_mask)
+        ]
+        levels = np.stack([np.asarray(plane, dtype=np.float64) for plane in resized])
+        return torch.from_numpy((levels / 127.5 - 1).astype(np.float32)), resized
 
 
 def get_BRATS_paths(  # noqa: N802 (the report's name)
@@ -154,8 +185,9 @@ def load_data(
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 1,
-) -> Iterator[tuple[torch.Tensor, dict]]:
-    """Endless batches of slices: float32 [N, C, H, W] in [-1, 1], each with an empty dict.
+    low_res_size: int | None = None,
+) -> Iterator[Batch]:
+    """Endless batches of slices: float32 [N, C, H, W] in [-1, 1], each with a dict.
 
     Every epoch visits the slices once in an order of its own that depends on ``seed`` and the
     epoch's number alone; its last incomplete batch is dropped. Everything that can be checked
@@ -163,7 +195,8 @@ def load_data(
 
     :param batch_size: N, slices per batch and process.
     :param image_size: H and W; other than the stored size, slices are resized.
-    :param class_cond: must be False: slice folders have no class labels.
+    :param class_cond: put labels ``y`` int64 [N] into the dict, see :data:`CLASSES`; the folder
+        must hold the masks.
     :param deterministic: keep the natural order of the slices in every epoch.
     :param brats_channels: channel names; None: ``CHANNELS``.
     :param data_dir: slice folder; None or empty: ``ROOT``.
@@ -172,38 +205,77 @@ def load_data(
     :param rank: of this process; with ``world_size`` processes a batch of
         ``batch_size * world_size`` slices is shared out in contiguous parts.
     :param num_workers: processes that decode; 0: decode in this one.
+    :param low_res_size: h and w of ``low_res`` [N, C, h, w] in the dict; None: there is none.
     :raises ValueError: anything wrong with the folder, a file or the settings; also from the
         iterator, when a file turns out to be unreadable.
     """
     check_seed(seed)
-    if class_cond:
-        raise ValueError("--class_cond True: slice folders have no class labels; leave it False.")
-    channels = list(CHANNELS if brats_channels is None else brats_channels)
-    paths = get_BRATS_paths(channels, data_dir, split)
-    _check_headers([path for files in paths for path in files])
-    global_batch = batch_size * world_size
-    if not 1 <= global_batch <= len(paths):
+    dataset = open_slices(
+        brats_channels,
+        data_dir,
+        split,
+        image_size=image_size,
+        class_cond=class_cond,
+        low_res_size=low_res_size,
+    )
+    if not 1 <= batch_size * world_size <= len(dataset):
         across = f" on each of {world_size} processes" if world_size > 1 else ""
         raise ValueError(
-            f"--batch_size {batch_size}{across}: {data_dir or ROOT} has {len(paths)} slices in the"
-            f" split {split!r}, so a batch can hold 1 to {len(paths) // world_size}."
+            f"--batch_size {batch_size}{across}: {data_dir or ROOT} has {len(dataset)} slices in"
+            f" the split {split!r}, so a batch can hold 1 to {len(dataset) // world_size}."
         )
-    assert 0 <= rank < world_size, (rank, world_size)
-    dataset = load_channels_from_dir(paths, image_size=image_size)
-    batches = _EndlessBatches(
-        len(paths), batch_size, seed, start_batch, rank, world_size, shuffle=not deterministic
-    )
-    loader = DataLoader(
-        _ErrorsAsItems(dataset),
-        batch_sampler=batches,
+    return endless_batches(
+        dataset,
+        batch_size,
+        seed=seed,
+        deterministic=deterministic,
+        start_batch=start_batch,
+        rank=rank,
+        world_size=world_size,
         num_workers=num_workers,
-        collate_fn=_collate,
-        worker_init_fn=_ignore_signals,
-        pin_memory=torch.cuda.is_available(),
-        # A generator of its own: starting the loader must not disturb the global random state.
-        generator=torch.Generator().manual_seed(seed),
     )
-    return _iterate(loader)
+
+
+def open_slices(
+    channels: Sequence[str] | None = None,
+    data_dir: str | None = None,
+    split: str = "train",
+    *,
+    image_size: int | None = None,
+    class_cond: bool = False,
+    low_res_size: int | None = None,
+) -> load_channels_from_dir:
+    """The slices of a folder, with every file's header checked; arguments as of :func:`load_data`.
+
+    :raises ValueError: anything wrong with the folder or a header.
+    """
+    channels = brats.parse_channels(",".join(channels or CHANNELS))
+    label_only = class_cond and brats.MASK_CHANNEL not in channels
+    if label_only:
+        root = data_dir or ROOT
+        if bf.isdir(root) and not bf.isdir(bf.join(root, brats.MASK_CHANNEL)):
+            raise ValueError(
+                f"--class_cond True: {root} has no folder {brats.MASK_CHANNEL}, whose masks tell"
+                " which slices show a tumour; leave --class_cond out, or prepare the masks too."
+            )
+        paths = get_BRATS_paths([*channels, brats.MASK_CHANNEL], data_dir, split)
+    else:
+        paths = get_BRATS_paths(channels, data_dir, split)
+    _check_headers([path for files in paths for path in files])
+    mask_paths = None
+    if label_only:
+        at = brats.parse_channels(",".join([*channels, brats.MASK_CHANNEL])).index(
+            brats.MASK_CHANNEL
+        )
+        mask_paths = [files.pop(at) for files in paths]
+    return load_channels_from_dir(
+        paths,
+        return_class=class_cond,
+        image_size=image_size,
+        channels=channels,
+        low_res_size=low_res_size,
+        mask_paths=mask_paths,
+    )
 
 
 def resolve_channels(channels: str | None, in_channels: int | None) -> list[str]:
@@ -388,81 +460,3 @@ def _area_means(levels: np.ndarray, size: int) -> np.ndarray:
 
 def _size_text(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
-
-
-# ----------------------------------------------------------------------------------------- batches
-
-
-class _EndlessBatches(Sampler[list[int]]):
-    """Index lists of one rank's batches, from batch ``start`` on and without end."""
-
-    def __init__(
-        self,
-        num_slices: int,
-        batch_size: int,
-        seed: int,
-        start: int,
-        rank: int,
-        world_size: int,
-        shuffle: bool,
-    ) -> None:
-        self.num_slices = num_slices
-        self.batch_size = batch_size
-        self.seed = seed
-        self.start = start
-        self.rank = rank
-        self.world_size = world_size
-        self.shuffle = shuffle
-
-    def __iter__(self) -> Iterator[list[int]]:
-        global_batch = self.batch_size * self.world_size
-        epoch, first = divmod(self.start, self.num_slices // global_batch)
-        while True:
-            order = np.arange(self.num_slices)
-            if self.shuffle:
-                order = np.random.default_rng((self.seed, epoch)).permutation(order)
-            for batch in range(first, self.num_slices // global_batch):
-                begin = batch * global_batch + self.rank * self.batch_size
-                yield order[begin : begin + self.batch_size].tolist()
-            epoch, first = epoch + 1, 0
-
-
-class _ErrorsAsItems(Dataset):
-    """A user's error as an item: raised in a worker it would arrive wrapped in a traceback."""
-
-    def __init__(self, dataset: Dataset) -> None:
-        self.dataset = dataset
-
-    def __getitem__(self, idx: int) -> tuple[torch.Tensor, dict] | ValueError:
-        try:
-            return self.dataset[idx]
-        except ValueError as error:
-            return error
-
-
-def _collate(items: list[tuple[torch.Tensor, dict] | ValueError]) -> torch.Tensor | ValueError:
-    error = next((item for item in items if isinstance(item, ValueError)), None)
-    return error if error is not None else torch.stack([slice_ for slice_, _ in items])
-
-
-def _ignore_signals(worker: int) -> None:
-    """A signal to the whole process group must leave the main process batches to finish on."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-
-
-def _iterate(loader: DataLoader) -> Iterator[tuple[torch.Tensor, dict]]:
-    # The workers ignore the signal by which Python ends child processes at its own exit, so they
-    # must be sent home before: dropping the only reference to the loader's iterator does that.
-    # Registered after the iterator's own exit handlers, this runs ahead of them.
-    iterator = [iter(loader)]
-    atexit.register(iterator.clear)
-    try:
-        while True:
-            batch = next(iterator[0])
-            if isinstance(batch, ValueError):
-                raise batch
-            yield batch, {}
-    finally:
-        atexit.unregister(iterator.clear)
-        iterator.clear()

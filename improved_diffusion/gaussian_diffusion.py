@@ -498,10 +498,13 @@ class GaussianDiffusion:
         t: torch.Tensor,
         model_kwargs: dict[str, Any] | None = None,
         noise: torch.Tensor | None = None,
+        channel_names: Sequence[str] = (),
     ) -> dict[str, torch.Tensor]:
         """The loss of every sample at its timestep.
 
         :param noise: the noise to add; drawn if not given.
+        :param channel_names: C names; the result then also has ``mse_<name>`` [N], the squared
+            error of each channel, whose mean over the channels is ``mse``.
         :return: ``loss`` [N]; for the squared-error losses also ``mse`` [N] and, where the
             variance is learned, ``vb`` [N], the term of the bound that trains it.
         """
@@ -527,6 +530,9 @@ class GaussianDiffusion:
             if self._rescales():
                 terms["vb"] = terms["vb"] * (self.num_timesteps / 1000.0)
         terms["loss"] = sum(terms.values())
+        for channel, name in enumerate(channel_names):
+            own = slice(channel, channel + 1)
+            terms[f"mse_{name}"] = squared_error(prediction[:, own].detach(), target[:, own])
         return terms
 
     def _rescales(self) -> bool:
@@ -583,16 +589,18 @@ class GaussianDiffusion:
         x_start: torch.Tensor,
         clip_denoised: bool = True,
         model_kwargs: dict[str, Any] | None = None,
+        noise_fn: NoiseFn = torch.randn_like,
     ) -> dict[str, torch.Tensor]:
         """The whole variational bound, one draw of the noise for every timestep.
 
+        :param noise_fn: draws standard normal noise of its argument's shape.
         :return: ``total_bpd`` [N], ``prior_bpd`` [N], and from the noisiest step on ``vb``,
             ``xstart_mse`` and ``mse`` (of the noise), each [N, T].
         """
         columns: dict[str, list[torch.Tensor]] = {"vb": [], "xstart_mse": [], "mse": []}
         for i in range(self.num_timesteps - 1, -1, -1):
             t = torch.full((x_start.shape[0],), i, device=x_start.device)
-            noise = torch.randn_like(x_start)
+            noise = noise_fn(x_start)
             x_t = self.q_sample(x_start, t, noise)
             out = self.vb_terms_bpd(model, x_start, x_t, t, clip_denoised, model_kwargs)
             eps = self.predict_eps_from_xstart(x_t, t, out["pred_xstart"])

@@ -6,7 +6,7 @@ Shapes: N samples, C channels, H height, W width.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
@@ -59,6 +59,7 @@ def draw(
     use_ddim: bool = False,
     clip_denoised: bool = True,
     progress: bool = False,
+    model_kwargs: dict[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Draw the samples with the numbers ``indices``.
 
@@ -68,6 +69,8 @@ def draw(
     :param shape: (C, H, W).
     :param use_ddim: deterministic DDIM steps instead of ancestral ones.
     :param clip_denoised: limit every step's predicted image to [-1, 1].
+    :param model_kwargs: further arguments of the model, a row for each sample: ``y``,
+        ``low_res``.
     :return: [N, C, H, W], about in [-1, 1].
     """
     loop = diffusion.ddim_sample_loop if use_ddim else diffusion.p_sample_loop
@@ -77,6 +80,7 @@ def draw(
         clip_denoised=clip_denoised,
         device=device,
         progress=progress,
+        model_kwargs={name: value.to(device) for name, value in (model_kwargs or {}).items()},
         noise_fn=SampleNoise(seed, indices, device),
     )
 
@@ -89,17 +93,23 @@ def draw_batches(
     shape: Sequence[int],
     *,
     progress: bool = False,
+    model_kwargs_of: Callable[[range], dict[str, torch.Tensor]] = lambda indices: {},
     **options: object,
 ) -> Iterator[np.ndarray]:
     """Yield batches of :func:`draw`, as levels [N, H, W, C], until there are ``num_samples``.
 
     :param progress: say which samples are being drawn, and show the steps of each batch.
+    :param model_kwargs_of: gives the model's further arguments for samples by their numbers.
     """
     for indices in batches(num_samples, batch_size):
         if progress:
             done = f"samples {indices.start + 1} to {indices.stop} of {num_samples}"
             print(done, file=sys.stderr, flush=True)
-        yield to_levels(draw(model, diffusion, indices, shape, progress=progress, **options))
+        kwargs = model_kwargs_of(indices)
+        samples = draw(
+            model, diffusion, indices, shape, progress=progress, model_kwargs=kwargs, **options
+        )
+        yield to_levels(samples)
 
 
 def to_levels(samples: torch.Tensor) -> np.ndarray:

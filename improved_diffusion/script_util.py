@@ -8,6 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from improved_diffusion import brats, checkpoint, schedules
+from improved_diffusion.architecture import (
+    CHANNEL_MULT,
+    NO_PRESET,
+    PRESETS,
+    complete_flags,
+    parse_numbers,
+    preset_flags,
+)
 from improved_diffusion.gaussian_diffusion import (
     GaussianDiffusion,
     LossType,
@@ -18,15 +26,6 @@ from improved_diffusion.respace import SpacedDiffusion, space_timesteps
 from improved_diffusion.unet import SuperResModel, UNetModel
 
 NUM_CLASSES = 1000
-
-# Width of each level; 32, 64 and 256 are the reference's.
-CHANNEL_MULT = {
-    512: (0.5, 1, 1, 2, 2, 4, 4),
-    256: (1, 1, 2, 2, 4, 4),
-    128: (1, 1, 2, 3, 4),
-    64: (1, 2, 3, 4),
-    32: (1, 2, 2, 2),
-}
 
 HELP = {
     "in_channels": "channels of the images; by default as many as --channels names",
@@ -39,7 +38,8 @@ HELP = {
     "channel_mult": "width of each level as a multiple of --num_channels, separated by commas; "
     "empty: by image size, for 32, 64, 128, 256 and 512",
     "dropout": "dropout rate in the residual blocks",
-    "class_cond": "train a class-conditional model",
+    "class_cond": "a class-conditional model, told by labels what to draw",
+    "num_classes": "classes of a class-conditional model; 0: as many as the data have",
     "use_checkpoint": "save memory by computing activations again in the backward pass",
     "use_scale_shift_norm": "the timestep scales and shifts normalised activations (FiLM)",
     "learn_sigma": "learn the variance of the reverse steps",
@@ -61,6 +61,8 @@ HELP = {
 FIXED_BY_TRAINING = (
     "in_channels",
     "image_size",
+    "large_size",
+    "small_size",
     "num_channels",
     "num_res_blocks",
     "num_heads",
@@ -68,6 +70,7 @@ FIXED_BY_TRAINING = (
     "attention_resolutions",
     "channel_mult",
     "class_cond",
+    "num_classes",
     "use_scale_shift_norm",
     "learn_sigma",
     "diffusion_steps",
@@ -91,6 +94,7 @@ def model_and_diffusion_defaults() -> dict[str, Any]:
         "channel_mult": "",
         "dropout": 0.0,
         "class_cond": False,
+        "num_classes": 0,
         "use_checkpoint": False,
         "use_scale_shift_norm": True,
         "learn_sigma": True,
@@ -136,6 +140,7 @@ def create_model_and_diffusion(
     in_channels: int = 3,
     channel_mult: str = "",
     predict_v: bool = False,
+    num_classes: int = 0,
 ) -> tuple[UNetModel, GaussianDiffusion]:
     """A network and its process; the arguments are the flags of :data:`HELP`."""
     model = create_model(
@@ -152,6 +157,7 @@ def create_model_and_diffusion(
         dropout=dropout,
         in_channels=in_channels,
         channel_mult=channel_mult,
+        num_classes=num_classes,
     )
     diffusion = create_gaussian_diffusion(
         steps=diffusion_steps,
@@ -182,6 +188,7 @@ def create_model(
     dropout: float,
     in_channels: int = 3,
     channel_mult: str = "",
+    num_classes: int = 0,
 ) -> UNetModel:
     """A network for images of ``in_channels`` channels."""
     return UNetModel(
@@ -190,7 +197,7 @@ def create_model(
         out_channels=in_channels * (2 if learn_sigma else 1),
         num_res_blocks=num_res_blocks,
         dropout=dropout,
-        num_classes=NUM_CLASSES if class_cond else None,
+        num_classes=_classes(class_cond, num_classes),
         use_checkpoint=use_checkpoint,
         num_heads=num_heads,
         num_heads_upsample=num_heads_upsample,
@@ -222,6 +229,7 @@ def sr_create_model_and_diffusion(
     in_channels: int = 3,
     channel_mult: str = "",
     predict_v: bool = False,
+    num_classes: int = 0,
 ) -> tuple[SuperResModel, GaussianDiffusion]:
     """A super-resolution network and its process."""
     model = sr_create_model(
@@ -239,6 +247,7 @@ def sr_create_model_and_diffusion(
         dropout=dropout,
         in_channels=in_channels,
         channel_mult=channel_mult,
+        num_classes=num_classes,
     )
     diffusion = create_gaussian_diffusion(
         steps=diffusion_steps,
@@ -269,6 +278,7 @@ def sr_create_model(
     dropout: float,
     in_channels: int = 3,
     channel_mult: str = "",
+    num_classes: int = 0,
 ) -> SuperResModel:
     """A network that makes images of ``large_size``; it takes any smaller ``small_size``."""
     if not 0 < small_size <= large_size:
@@ -281,7 +291,7 @@ def sr_create_model(
         out_channels=in_channels * (2 if learn_sigma else 1),
         num_res_blocks=num_res_blocks,
         dropout=dropout,
-        num_classes=NUM_CLASSES if class_cond else None,
+        num_classes=_classes(class_cond, num_classes),
         use_checkpoint=use_checkpoint,
         num_heads=num_heads,
         num_heads_upsample=num_heads_upsample,
@@ -290,10 +300,20 @@ def sr_create_model(
     )
 
 
+def _classes(class_cond: bool, num_classes: int) -> int | None:
+    """The network's number of classes; where nothing is said, the reference's."""
+    if num_classes < 0 or (num_classes and not class_cond):
+        raise ValueError(
+            f"--num_classes {num_classes} with --class_cond {class_cond}: give 1 or more classes "
+            "and --class_cond True, or neither"
+        )
+    return (num_classes or NUM_CLASSES) if class_cond else None
+
+
 def _levels(image_size: int, channel_mult: str, attention_resolutions: str) -> dict[str, Any]:
     """The U-Net's levels from the flags: widths, and the factors at which attention is used."""
     if channel_mult:
-        mult = _numbers("channel_mult", channel_mult, float)
+        mult = parse_numbers("channel_mult", channel_mult, float)
     elif image_size in CHANNEL_MULT:
         mult = CHANNEL_MULT[image_size]
     else:
@@ -309,7 +329,7 @@ def _levels(image_size: int, channel_mult: str, attention_resolutions: str) -> d
             f"{len(mult)} levels of the U-Net need: choose a multiple of {deepest}, or fewer "
             "numbers in --channel_mult"
         )
-    resolutions = _numbers("attention_resolutions", attention_resolutions, int)
+    resolutions = parse_numbers("attention_resolutions", attention_resolutions, int)
     for resolution in resolutions:
         if not 0 < resolution <= image_size or image_size % resolution:
             raise ValueError(
@@ -320,15 +340,6 @@ def _levels(image_size: int, channel_mult: str, attention_resolutions: str) -> d
         "channel_mult": mult,
         "attention_resolutions": tuple(image_size // resolution for resolution in resolutions),
     }
-
-
-def _numbers(flag: str, text: str, kind: type) -> tuple[Any, ...]:
-    try:
-        return tuple(kind(part) for part in text.split(",") if part.strip())
-    except ValueError:
-        raise ValueError(
-            f"--{flag} {text}: expected numbers separated by commas, for example 16,8"
-        ) from None
 
 
 def create_gaussian_diffusion(
@@ -387,48 +398,76 @@ class Loaded:
     flags: dict[str, Any]
     metadata: dict[str, Any]
     channels: list[str]  # names of the image channels; empty where nothing tells them
+    classes: list[str]  # names of the classes; empty for a model without
 
 
-def load_model_and_diffusion(path: str, given: dict[str, Any] | None = None) -> Loaded:
+def load_model_and_diffusion(
+    path: str, given: dict[str, Any] | None = None, *, super_res: bool = False
+) -> Loaded:
     """Build the network and the process of a checkpoint and load its weights.
 
-    :param path: a model or EMA file. Flags that it doesn't hold (files of the reference hold
-        none) come from ``given`` and the defaults.
-    :param given: flags that the user named. Those that training has fixed, and ``channels``, must
-        agree with the checkpoint's; the other model flags replace them.
+    :param path: a model or EMA file. For one that holds no flags (as the reference writes it) see
+        :func:`improved_diffusion.architecture.complete_flags`.
+    :param given: flags that the user named, ``preset`` and ``channels`` among them. Those that
+        training has fixed must agree with the checkpoint's; the other model flags replace them.
+    :param super_res: it is a super-resolution model, else it must not be one.
     :raises ValueError: for an unreadable file, a contradiction or another architecture.
     """
-    given = given or {}
+    given = dict(given or {})
     weights = checkpoint.load_weights(path)
     metadata = checkpoint.metadata_of(weights)
     trained = metadata.get("flags", {})
     channels = list(metadata.get("channels", []))
     if given.get("channels"):
         named = brats.parse_channels(given["channels"])
-        if channels and named != channels:
+        if trained and named != channels:
+            what = ",".join(channels) or "ordinary pictures"
             raise ValueError(
                 f"--channels {given['channels']} contradicts the checkpoint {path}, which was "
-                f"trained on {','.join(channels)}; leave the flag out"
+                f"trained on {what}; leave the flag out"
             )
         channels = named
-        # A file without flags is told by their names how many channels it has.
-        given = {"in_channels": len(named), **given}
-    for name in FIXED_BY_TRAINING:
-        if name in given and name in trained and given[name] != trained[name]:
+        if given.get("in_channels", len(named)) != len(named):
             raise ValueError(
-                f"--{name} {given[name]} contradicts {path}, which was trained with "
-                f"--{name} {trained[name]}; leave the flag out"
+                f"--in_channels {given['in_channels']} contradicts --channels "
+                f"{','.join(channels)}; leave --in_channels out"
             )
-    defaults = model_and_diffusion_defaults()
-    flags = {name: {**defaults, **trained, **given}[name] for name in defaults}
-    if channels and flags["in_channels"] != len(channels):
-        raise ValueError(
-            f"--in_channels {flags['in_channels']} contradicts --channels {','.join(channels)}; "
-            "leave --in_channels out"
-        )
-    model, diffusion = create_model_and_diffusion(**flags)
+        # A file without flags is told by their names how many channels it has.
+        given["in_channels"] = len(named)
+
+    defaults = sr_model_and_diffusion_defaults() if super_res else model_and_diffusion_defaults()
+    preset = given.pop("preset", "")
+    if trained:
+        if ("large_size" in trained) != super_res:
+            script = "image_sample.py" if super_res else "super_res_sample.py"
+            raise ValueError(
+                f"{path} is {'no' if super_res else 'a'} super-resolution model; sample from it "
+                f"with {script}"
+            )
+        claimed = preset_flags(preset, defaults) if preset not in ("", NO_PRESET) else {}
+        for name in FIXED_BY_TRAINING:
+            said = {**claimed, **given}.get(name)
+            if said is None or name not in trained or said == trained[name]:
+                continue
+            if name != "num_classes" or said:
+                source = f"--{name} {said}" if name in given else f"--preset {preset}"
+                raise ValueError(
+                    f"{source} contradicts {path}, which was trained with --{name} "
+                    f"{trained[name]}; leave the flag out"
+                )
+        given = {name: value for name, value in given.items() if name != "num_classes" or value}
+        flags = {name: {**defaults, **trained, **given}[name] for name in defaults}
+    else:
+        shapes = {name: tuple(value.shape) for name, value in weights.items()}
+        named_flags = {name: value for name, value in given.items() if name in defaults}
+        flags = complete_flags(path, shapes, named_flags, defaults, preset)
+    create = sr_create_model_and_diffusion if super_res else create_model_and_diffusion
+    model, diffusion = create(**flags)
     checkpoint.load_into(model, weights, path)
-    return Loaded(model, diffusion, flags, metadata, channels)
+    classes = list(metadata.get("classes", []))
+    if flags["class_cond"] and not classes:
+        classes = [str(number) for number in range(model.num_classes)]
+    return Loaded(model, diffusion, flags, metadata, channels, classes)
 
 
 # Command lines
@@ -458,7 +497,7 @@ def add_dict_to_argparser(
 
 
 def script_parser(
-    description: str, title: str, flags: Mapping[str, tuple[Any, str]]
+    description: str, title: str, flags: Mapping[str, tuple[Any, str]], super_res: bool = False
 ) -> argparse.ArgumentParser:
     """A parser of a script's own flags (name: default and explanation) and the model's."""
     parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
@@ -468,7 +507,16 @@ def script_parser(
     group = parser.add_argument_group(
         "network and process", "A checkpoint's own values count where there is one."
     )
-    add_dict_to_argparser(group, model_and_diffusion_defaults())
+    model_flags = sr_model_and_diffusion_defaults() if super_res else model_and_diffusion_defaults()
+    presets = [name for name, own in PRESETS.items() if own.keys() <= model_flags.keys()]
+    group.add_argument(
+        "--preset",
+        default="",
+        metavar="NAME",
+        help=f"the flags of a published model: {', '.join(presets)}; {NO_PRESET}: a checkpoint "
+        "without flags is not one of these",
+    )
+    add_dict_to_argparser(group, model_flags)
     return parser
 
 
@@ -486,7 +534,8 @@ def given_flags(
 
 def model_flags_of(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Those of ``flags`` that describe the network and the process."""
-    return {name: flags[name] for name in model_and_diffusion_defaults() if name in flags}
+    names = {**model_and_diffusion_defaults(), **sr_model_and_diffusion_defaults()}
+    return {name: flags[name] for name in names if name in flags}
 
 
 def args_to_dict(args: argparse.Namespace, keys: Iterable[str]) -> dict[str, Any]:

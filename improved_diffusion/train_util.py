@@ -5,6 +5,7 @@ Shapes: N samples of a batch, C channels, H height, W width.
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import time
@@ -29,6 +30,16 @@ from improved_diffusion.unet import UNetModel
 Batches = Iterator[tuple[torch.Tensor, dict[str, torch.Tensor]]]
 
 QUARTILES = 4
+# With more classes than these the log would have more columns than anyone reads.
+MAX_LOGGED_CLASSES = 10
+
+# The reference's: its loss scale settles at 2^20 to 2^21 within a thousand steps.
+INITIAL_LOG_LOSS_SCALE = 20.0
+
+# Set by tests of scripts that never end: training stops after a periodic checkpoint.
+STOP_VARIABLE = "DIFFUSION_TRAINING_TEST"
+# A folder for the checkpoints that is not the log's.
+CHECKPOINT_FOLDER_VARIABLE = "DIFFUSION_BLOB_LOGDIR"
 
 
 def parse_ema_rates(text: str | float) -> list[float]:
@@ -51,6 +62,8 @@ class Preview:
     :param diffusion: a process of few steps.
     :param shape: (C, H, W).
     :param channels: names for the picture; empty: none.
+    :param model_kwargs: further arguments of the model, a row for each sample: ``y``,
+        ``low_res``.
     """
 
     diffusion: GaussianDiffusion
@@ -58,6 +71,7 @@ class Preview:
     channels: Sequence[str] = ()
     num_samples: int = 8
     seed: int = 0
+    model_kwargs: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def write(self, model: UNetModel, path: str) -> None:
         """Sample with the same noise at every call, and write the grid to ``path``."""
@@ -68,38 +82,63 @@ class Preview:
             self.shape,
             seed=self.seed,
             device=dist_util.dev(),
+            model_kwargs=self.model_kwargs,
         )
         levels = sampling.to_levels(samples)
         figures.save_grid(figures.sample_grid(levels, self.channels or None), path)
 
 
 class LossMeter:
-    """Means of loss terms, over all and over each quartile of the timesteps.
+    """Means of loss terms: over all, over each quartile of the timesteps, over each class.
 
     Sums stay on the device, so that adding to them does not wait for it.
+
+    :param classes: names of the classes whose mean squared errors are told apart.
     """
 
-    def __init__(self, num_timesteps: int) -> None:
+    def __init__(self, num_timesteps: int, classes: Sequence[str] = ()) -> None:
         self.num_timesteps = num_timesteps
-        self._sums: dict[str, torch.Tensor] = {}
+        self.classes = classes
+        self._sums: dict[str, torch.Tensor] = {}  # [groups, 2]: sum and count of each
 
-    def add(self, t: torch.Tensor, terms: dict[str, torch.Tensor]) -> None:
-        """Take in terms [N] at timesteps [N]."""
+    def add(
+        self, t: torch.Tensor, terms: dict[str, torch.Tensor], y: torch.Tensor | None = None
+    ) -> None:
+        """Take in terms [N] at timesteps [N] of samples of the classes ``y`` [N].
+
+        Terms named ``mse_...``, of a single channel, are not divided into quartiles.
+        """
         quartile = QUARTILES * t // self.num_timesteps
         for name, values in terms.items():
-            pairs = torch.stack([values, torch.ones_like(values)], dim=1)  # value and count
-            sums = self._sums.setdefault(name, pairs.new_zeros(QUARTILES, 2))
-            sums.index_add_(0, quartile, pairs)
+            if name.startswith("mse_"):
+                self._add(name, torch.zeros_like(t), values, 1)
+            else:
+                self._add(name, quartile, values, QUARTILES)
+        if self.classes and y is not None and "mse" in terms:
+            self._add("mse_class", y, terms["mse"], len(self.classes))
+
+    def _add(self, name: str, group: torch.Tensor, values: torch.Tensor, groups: int) -> None:
+        pairs = torch.stack([values, torch.ones_like(values)], dim=1)
+        sums = self._sums.setdefault(name, pairs.new_zeros(groups, 2))
+        sums.index_add_(0, group, pairs)
 
     def read(self) -> dict[str, float]:
-        """The means since the last reading: ``loss``, ``loss_q0`` to ``q3`` where there are any."""
+        """The means since the last reading.
+
+        ``loss``; ``loss_q0`` to ``q3``, ``mse_class_<name>`` where there are any samples.
+        """
         means = {}
         for name, sums in self._sums.items():
             rows = sums.tolist()
-            means[name] = sum(row[0] for row in rows) / sum(row[1] for row in rows)
-            for i, (total, count) in enumerate(rows):
-                if count:
-                    means[f"{name}_q{i}"] = total / count
+            groups = [f"{name}_q{i}" for i in range(QUARTILES)]
+            if name == "mse_class":
+                groups = [f"{name}_{own}" for own in self.classes]
+            else:
+                means[name] = sum(row[0] for row in rows) / sum(row[1] for row in rows)
+            if len(rows) == len(groups):
+                for group, (total, count) in zip(groups, rows):
+                    if count:
+                        means[group] = total / count
         self._sums.clear()
         return means
 
@@ -159,6 +198,10 @@ class TrainLoop:
     :param ema_rate: rates of the moving averages, separated by commas.
     :param resume_checkpoint: a model file whose ``opt`` and ``ema`` files lie beside it; empty:
         start anew.
+    :param use_fp16: compute in float16 where torch's autocast finds it sound. Weights, optimizer
+        and averages stay float32; the loss is scaled, and a step whose gradient overflows is
+        skipped and halves the scale.
+    :param fp16_scale_growth: by how much log2 of the scale grows in every other step.
     :param schedule_sampler: which timesteps to train on; ``None``: uniformly.
     :param lr_anneal_steps: lower the learning rate linearly to 0 at this step and stop there; 0:
         constant.
@@ -170,6 +213,11 @@ class TrainLoop:
     :param metadata: plain values that travel in the weight files, see
         :func:`improved_diffusion.checkpoint.with_metadata`.
     :param flags: the command line's values, kept in the ``opt`` file for a continued run.
+    :param channels: names of the image's channels, whose squared errors are then logged as
+        ``mse_<name>``.
+    :param classes: names of the classes; up to ten are logged as ``mse_class_<name>``.
+    :raises ValueError: a setting or a checkpoint that does not fit, or a log folder that holds
+        another run.
     """
 
     def __init__(
@@ -185,6 +233,8 @@ class TrainLoop:
         log_interval: int,
         save_interval: int,
         resume_checkpoint: str,
+        use_fp16: bool = False,
+        fp16_scale_growth: float = 1e-3,
         schedule_sampler: ScheduleSampler | None = None,
         weight_decay: float = 0.0,
         lr_anneal_steps: int = 0,
@@ -195,7 +245,16 @@ class TrainLoop:
         preview: Preview | None = None,
         metadata: dict[str, Any] | None = None,
         flags: dict[str, Any] | None = None,
+        channels: Sequence[str] = (),
+        classes: Sequence[str] = (),
     ) -> None:
+        if fp16_scale_growth <= 0:
+            raise ValueError(f"--fp16_scale_growth {fp16_scale_growth}: give a number above 0")
+        if not resume_checkpoint and checkpoint.holds_run(get_blob_logdir()):
+            raise ValueError(
+                f"{get_blob_logdir()} already holds a run, which would be overwritten; continue "
+                "it by resume_checkpoint, or log to another folder"
+            )
         self.device = dist_util.dev()
         self.model = model.to(self.device)
         self.diffusion = diffusion
@@ -215,14 +274,26 @@ class TrainLoop:
         self.preview = preview
         self.metadata = metadata or {}
         self.flags = flags or {}
+        # By keyword only where there are names: another process's losses may not know it.
+        self.named = {"channel_names": list(channels)} if channels else {}
 
         self.step = 0  # completed optimizer steps
         self.params = list(self.model.parameters())
         self.opt = AdamW(self.params, lr=lr, weight_decay=weight_decay, fused=True)
-        self.meter = LossMeter(diffusion.num_timesteps)
+        self.use_fp16 = use_fp16
+        self.scaler = torch.amp.GradScaler(
+            self.device.type,
+            init_scale=2**INITIAL_LOG_LOSS_SCALE,
+            growth_factor=2**fp16_scale_growth,
+            backoff_factor=0.5,
+            growth_interval=1,
+            enabled=use_fp16,
+        )
+        logged = classes if len(classes) <= MAX_LOGGED_CLASSES else ()
+        self.meter = LossMeter(diffusion.num_timesteps, list(logged))
         self._grad_norms: list[torch.Tensor] = []
         if resume_checkpoint:
-            self._resume(resume_checkpoint, weight_decay)
+            self._resume(resume_checkpoint)
         else:
             dist_util.sync_params(self.params)
             self.ema_params = [[p.detach().clone() for p in self.params] for _ in self.ema_rate]
@@ -257,6 +328,8 @@ class TrainLoop:
                 if self.save_interval and self.step % self.save_interval == 0:
                     self.save()
                     saved_step = self.step
+                    if os.environ.get(STOP_VARIABLE):
+                        break
             if self.step > saved_step:
                 self.save()
         return bool(stop.signal)
@@ -274,9 +347,11 @@ class TrainLoop:
         # The step's own seed: a resumed run draws what an uninterrupted one would have drawn.
         torch.manual_seed(derive_seed(self.seed, "train", self.step))
         self.forward_backward(batch, cond)
+        self.scaler.unscale_(self.opt)
         self._grad_norms.append(_global_norm([p.grad for p in self.params]))
         self._anneal_lr()
-        self.opt.step()
+        self.scaler.step(self.opt)
+        self.scaler.update()
         for rate, averages in zip(self.ema_rate, self.ema_params):
             if self.ema_warmup:
                 rate = min(rate, (1 + self.step) / (10 + self.step))
@@ -284,7 +359,10 @@ class TrainLoop:
         self.step += 1
 
     def forward_backward(self, batch: torch.Tensor, cond: dict[str, torch.Tensor]) -> None:
-        """Set every parameter's gradient to that of the batch's (importance-weighted) mean loss."""
+        """Set every parameter's gradient to that of the batch's (importance-weighted) mean loss.
+
+        With ``use_fp16`` the gradient is multiplied by the loss scale.
+        """
         self.opt.zero_grad()
         n = len(batch)
         batch = batch.to(self.device, non_blocking=True)
@@ -297,20 +375,27 @@ class TrainLoop:
         for start in range(0, n, self.microbatch):
             part = slice(start, start + self.microbatch)
             losses = self.diffusion.training_losses(
-                self.model,
+                self._forward,
                 batch[part],
                 t[part],
                 model_kwargs={name: value[part] for name, value in cond.items()},
                 noise=noise[part],
+                **self.named,
             )
             # The sum over the microbatch by the size of the batch: its mean by its share.
-            ((losses["loss"] * weights[part]).sum() / n).backward()
+            self.scaler.scale((losses["loss"] * weights[part]).sum() / n).backward()
             terms.append({name: value.detach() for name, value in losses.items()})
 
         whole = {name: torch.cat([part[name] for part in terms]) for name in terms[0]}
         if isinstance(self.schedule_sampler, LossAwareSampler):
             self.schedule_sampler.update_with_local_losses(t, whole["loss"])
-        self.meter.add(t, {name: value * weights for name, value in whole.items()})
+        weighted = {name: value * weights for name, value in whole.items()}
+        self.meter.add(t, weighted, cond.get("y"))
+
+    def _forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        """The network in the run's precision; its output is float32, as the losses need it."""
+        with torch.autocast(self.device.type, torch.float16, enabled=self.use_fp16):
+            return self.model(*args, **kwargs).float()
 
     def _anneal_lr(self) -> None:
         if self.lr_anneal_steps:
@@ -322,7 +407,20 @@ class TrainLoop:
         """Write a row of means since the last one to the log."""
         logger.logkv("step", self.step)
         logger.logkv("samples", self.step * self.batch_size)
-        logger.logkv("grad_norm", torch.stack(self._grad_norms).mean())
+        norms = torch.stack(self._grad_norms)
+        if self.use_fp16:
+            finite = norms.isfinite()
+            skipped = len(norms) - int(finite.sum())
+            scale = math.log2(self.scaler.get_scale())
+            logger.logkv("lg_loss_scale", scale)
+            if skipped:
+                logger.log(
+                    f"skipped {skipped} of {len(norms)} steps, whose gradient overflowed float16; "
+                    f"the loss scale is now 2^{scale:.2f}"
+                )
+            norms = norms[finite]
+        if len(norms):
+            logger.logkv("grad_norm", norms.mean())
         logger.logkvs(self.meter.read())
         self._grad_norms.clear()
         logger.dumpkvs()
@@ -330,7 +428,7 @@ class TrainLoop:
     def write_preview(self) -> None:
         """Write a grid of samples of the first moving average."""
         assert self.preview is not None
-        path = bf.join(_run_dir(), "previews", f"step{self.step:06d}.png")
+        path = bf.join(get_blob_logdir(), "previews", f"step{self.step:06d}.png")
         with self._averages_in_model(self.ema_params[0]):
             self.preview.write(self.model, path)
         logger.log(f"wrote {path}")
@@ -353,7 +451,7 @@ class TrainLoop:
 
     def save(self) -> None:
         """Write the checkpoint of this step; the model's file last, so that it marks the rest."""
-        folder = _run_dir()
+        folder = get_blob_logdir()
         logger.log(f"saving step {self.step} to {folder}")
         for rate, averages in zip(self.ema_rate, self.ema_params):
             path = bf.join(folder, checkpoint.ema_name(rate, self.step))
@@ -383,9 +481,11 @@ class TrainLoop:
         }
         if isinstance(self.schedule_sampler, LossAwareSampler):
             state["schedule_sampler"] = self.schedule_sampler.state_dict()
+        if self.use_fp16:
+            state["loss_scale"] = self.scaler.get_scale()
         return state
 
-    def _resume(self, path: str, weight_decay: float) -> None:
+    def _resume(self, path: str) -> None:
         weights = checkpoint.load_weights(path, self.device)
         self.step = checkpoint.step_of(path, checkpoint.metadata_of(weights))
         checkpoint.load_into(self.model, weights, path)
@@ -417,24 +517,55 @@ class TrainLoop:
                 "restore the files that were saved together"
             )
         try:
-            self.opt.load_state_dict(state)
+            # The settings of this start count, not those of the one that saved.
+            groups = self.opt.state_dict()["param_groups"]
+            per_parameter = _per_parameter(state["state"], self.params)
+            self.opt.load_state_dict({"state": per_parameter, "param_groups": groups})
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{opt_path} holds no optimizer state of this network; "
                 "restore the files that were saved together"
             ) from error
-        for group in self.opt.param_groups:
-            # The flags of this start count, not those of the one that saved.
-            group.update(lr=self.lr, weight_decay=weight_decay)
         if "log" in training:
             self.meter.load_state_dict(training["log"]["losses"])
             self._grad_norms = list(training["log"]["grad_norms"])
+        if self.use_fp16 and "loss_scale" in training:
+            self.scaler.load_state_dict(
+                {**self.scaler.state_dict(), "scale": training["loss_scale"]}
+            )
         if "schedule_sampler" in training and isinstance(self.schedule_sampler, LossAwareSampler):
             self.schedule_sampler.load_state_dict(training["schedule_sampler"])
         logger.log(f"resuming from {path} at step {self.step}")
-        for name in checkpoint.supersede(_run_dir(), self.step):
+        for name in checkpoint.supersede(get_blob_logdir(), self.step):
             logger.log(f"moved {name}, newer than step {self.step}, to {checkpoint.SUPERSEDED}/")
         logger.drop_rows_after(self.step)
+
+
+def _per_parameter(
+    state: dict[int, dict[str, torch.Tensor]], params: Sequence[torch.Tensor]
+) -> dict[int, dict[str, torch.Tensor]]:
+    """AdamW's state for each parameter, from a file of this package or of the reference.
+
+    With half precision the reference keeps the state of all parameters in one flat vector.
+
+    :raises ValueError: if it belongs to other parameters.
+    """
+    if len(state) == 1 < len(params):
+        sizes = [p.numel() for p in params]
+        (flat,) = state.values()
+        parts = {name: value.split(sizes) for name, value in flat.items() if name != "step"}
+        state = {
+            i: {
+                "step": torch.as_tensor(flat["step"], dtype=torch.float32).clone(),
+                **{name: part[i].view_as(p) for name, part in parts.items()},
+            }
+            for i, p in enumerate(params)
+        }
+    if len(state) != len(params) or any(
+        state[i]["exp_avg"].shape != p.shape for i, p in enumerate(params)
+    ):
+        raise ValueError("an optimizer state of other parameters")
+    return state
 
 
 def _global_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -442,8 +573,9 @@ def _global_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
     return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(tensors)))
 
 
-def _run_dir() -> str:
-    folder = logger.get_dir()
+def get_blob_logdir() -> str:
+    """The folder of the checkpoints: the log's, or what ``DIFFUSION_BLOB_LOGDIR`` names."""
+    folder = os.environ.get(CHECKPOINT_FOLDER_VARIABLE) or logger.get_dir()
     assert folder is not None, "logger.configure() comes before training"
     return folder
 

@@ -75,10 +75,18 @@ def test_file_of_the_reference_takes_flags_from_the_user(model, tmp_path):
     loaded = load_model_and_diffusion(path, FLAGS)
     assert loaded.channels == []
     assert checkpoint.step_of(path, loaded.metadata) == 70
-    with pytest.raises(ValueError, match=r"another architecture.*input_blocks"):
+    with pytest.raises(ValueError, match=r"--num_res_blocks 2 contradicts .* say 1"):
         load_model_and_diffusion(path, {**FLAGS, "num_res_blocks": 2})
-    with pytest.raises(ValueError, match=r"is \[32, 2, 3, 3\] in the file and \[32, 1, 3, 3\]"):
-        load_model_and_diffusion(path, {**FLAGS, "in_channels": 1})
+
+
+def test_weights_that_do_not_fit_are_named(model):
+    weights = OrderedDict(model.state_dict())
+    weights["input_blocks.0.0.weight"] = torch.zeros(32, 1, 3, 3)
+    with pytest.raises(ValueError, match=r"is \[32, 1, 3, 3\] in the file and \[32, 2, 3, 3\]"):
+        checkpoint.load_into(model, weights, "x.pt")
+    del weights["out.2.bias"]
+    with pytest.raises(ValueError, match=r"another architecture.*out\.2\.bias is missing"):
+        checkpoint.load_into(model, weights, "x.pt")
 
 
 def test_file_of_the_reference_is_told_its_channels_by_name(model, tmp_path):

@@ -1,16 +1,19 @@
+import argparse
 import builtins
 import csv
 import glob
 import importlib.util
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from improved_diffusion import figures
+from improved_diffusion import cli, figures, plots
 from improved_diffusion.brats import MASK_CODES, PALETTE
 
 REPO = Path(__file__).parents[1]
@@ -18,15 +21,37 @@ SEED_LOGS = REPO.parent / "shared" / "seed_logs"
 
 
 @pytest.fixture
-def script(monkeypatch):
-    """Runs ``scripts/figures.py`` with the given arguments."""
+def module():
+    """``scripts/figures.py`` as a module."""
     spec = importlib.util.spec_from_file_location("figures_script", REPO / "scripts/figures.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def script(module, monkeypatch):
+    """Runs ``scripts/figures.py`` with the given arguments."""
 
     def run(*args):
         monkeypatch.setattr("sys.argv", ["figures.py", *map(str, args)])
         module.main()
+
+    return run
+
+
+@pytest.fixture
+def refused(script, capsys):
+    """Runs the script, which must end with status 2; its one error line."""
+
+    def run(*args):
+        with pytest.raises(SystemExit) as ended:
+            cli.run(lambda: script(*args))
+        assert ended.value.code == 2
+        text = capsys.readouterr().err
+        assert text.startswith("error: ")
+        assert text.count("\n") == 1
+        return text.removeprefix("error: ")
 
     return run
 
@@ -168,6 +193,116 @@ def test_wrong_samples_are_refused():
         figures.sample_grid(np.zeros((1, 8, 8, 1)), ["T1"])
 
 
+def pixels(picture):
+    return np.asarray(picture).astype(int)
+
+
+def test_pictures_of_three_unnamed_channels_are_rgb_in_a_dense_grid():
+    samples = np.random.default_rng(0).integers(0, 256, (16, 32, 32, 3), np.uint8)
+    picture = pixels(figures.sample_grid(samples))
+    assert picture.shape == (4 * 66 + 2, 4 * 66 + 2, 3), "64 pixels and 2 between, no header"
+    for number, sample in enumerate(samples):
+        top, left = (2 + 66 * place for place in divmod(number, 4))
+        shown = picture[top : top + 64, left : left + 64]
+        assert (shown == sample.repeat(2, axis=0).repeat(2, axis=1)).all()
+    named = pixels(figures.sample_grid(samples, ["T1", "T1CE", "T2"]))
+    top = figures.grid_layout(samples.shape).header + 12
+    assert (named[top : top + 128, 12:140] == samples[0, :, :, :1].repeat(4, 0).repeat(4, 1)).all()
+
+
+def test_a_picture_of_one_unnamed_channel_is_grey():
+    samples = numbered(2, 1)
+    picture = pixels(figures.sample_grid(samples, columns=2))
+    assert picture.shape == (68, 134, 3)
+    assert (picture[2:66, 2:66] == 1).all()
+    assert (picture[2:66, 68:132] == 21).all()
+
+
+def test_columns_are_counted_in_samples():
+    samples = numbered(5, 2)
+    layout = figures.grid_layout(samples.shape, columns=5)
+    picture = pixels(figures.sample_grid(samples, ["T1", "T2"], columns=5))
+    assert picture.shape[:2] == (12 + layout.header + 128 + 12, 12 + 5 * (258 + 12))
+    left, top = layout.corner(4, 1)
+    assert (picture[top : top + 128, left : left + 128] == 82).all()
+    with pytest.raises(ValueError, match=r"0 columns .* give 1 or more"):
+        figures.sample_grid(samples, columns=0)
+
+
+def test_a_picture_that_nothing_opens_is_refused():
+    samples = np.broadcast_to(np.uint8(0), (20_000, 64, 64, 2))
+    with pytest.raises(ValueError, match=r"\d+ x \d+ pixels, .* fewer samples with --num"):
+        figures.sample_grid(samples, ["Seg", "T1"])
+
+
+# ---------------------------------------------------------------------------------------- outlines
+
+
+def test_an_outline_is_the_rim_of_its_own_region():
+    panel = np.full((9, 9, 3), 77, np.uint8)
+    mask = np.zeros((9, 9), np.uint8)
+    mask[2:7, 1:7] = 102
+    mask[4, 4] = 204
+    drawn = figures.outlined(panel, mask)
+    rim = np.zeros((9, 9), bool)
+    rim[2:7, 1:7] = True
+    rim[3:6, 2:6] = False
+    rim[[3, 5, 4, 4], [4, 4, 3, 5]] = True  # where oedema touches the enhancing pixel
+    assert (drawn[rim] == PALETTE[102]).all()
+    assert (drawn[4, 4] == PALETTE[204]).all()
+    rim[4, 4] = True
+    assert (drawn[~rim] == 77).all()
+    assert (panel == 77).all(), "the panel itself stays as it is"
+
+
+def test_outlines_close_at_the_edge_and_can_be_wider():
+    panel = np.full((8, 8, 3), 77, np.uint8)
+    drawn = figures.outlined(panel, np.full((8, 8), 60, np.uint8), width=2)
+    assert (drawn[2:6, 2:6] == 77).all()
+    drawn[2:6, 2:6] = PALETTE[51]
+    assert (drawn == PALETTE[51]).all(), "level 60 is nearest to code 51"
+
+
+def masked(n=1, size=64):
+    """Samples FLAIR, Seg, T1CE with a square of oedema at rows 16 to 31, columns 32 to 47."""
+    samples = numbered(n, 3, size).copy()
+    samples[..., 1] = 0
+    samples[:, 16:32, 32:48, 1] = 100
+    return samples
+
+
+def test_outlines_lie_over_every_image_and_replace_the_mask():
+    picture = pixels(figures.sample_grid(masked(), ["FLAIR", "Seg", "T1CE"], masks="outlines"))
+    top = figures.grid_layout((1, 64, 64, 2), min_panel=256).corner(0, 0)[1]
+    assert (picture[top : top + 256, 12 + 256 : 12 + 258] == 255).all(), "the second panel follows"
+    for left, level in ((12, 1), (12 + 258, 3)):
+        panel = picture[top : top + 256, left : left + 256]
+        assert (panel[64, 128:192] == PALETTE[102]).all()
+        assert (panel[127, 128:192] == PALETTE[102]).all()
+        assert (panel[64:128, [128, 191]] == PALETTE[102]).all()
+        assert (panel == level).all(axis=2).sum() == 256 * 256 - (64 * 64 - 62 * 62)
+    assert picture.shape[1] == 12 + 256 + 2 + 256 + 12, "two panels, not three"
+    legend = picture[top + 256 :]
+    for code in MASK_CODES[1:]:
+        assert (legend == PALETTE[code]).all(axis=2).sum() > 100
+    swatches = [(legend == PALETTE[102]).all(axis=2).sum()]
+    labels = pixels(figures.sample_grid(masked(), ["FLAIR", "Seg", "T1CE"], scale=4))[top + 256 :]
+    assert swatches == [(labels == PALETTE[102]).all(axis=2).sum()]
+    assert (labels == 0).all(axis=2).sum() > (legend == 0).all(axis=2).sum() + 200, (
+        "only the legend of labels has the background's swatch"
+    )
+
+
+@pytest.mark.parametrize("channels", [["Seg"], ["T1"], None])
+def test_outlines_need_a_mask_and_an_image(channels):
+    named = ", ".join(channels or ["unnamed"])
+    with pytest.raises(ValueError, match=f"channels are {named}: use --masks labels"):
+        figures.sample_grid(numbered(1, 1), channels, masks="outlines")
+
+
+# ------------------------------------------------------------------------ sets beside each other
+
+
 def test_real_is_left_of_synthetic(tmp_path):
     real, synthetic = numbered(4, 2), numbered(4, 2) + 100
     path = tmp_path / "new" / "compare.png"
@@ -211,13 +346,14 @@ def test_a_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------- sample files
 
 
-def write_samples(folder, samples, channels=None):
+def write_samples(folder, samples, channels=None, **record):
     folder.mkdir(parents=True, exist_ok=True)
     n, height, width, count = samples.shape
     path = folder / f"samples_{n}x{height}x{width}x{count}.npz"
     np.savez(path, samples)
-    if channels:
-        (folder / "samples.json").write_text(json.dumps({"channels": channels}))
+    if channels or record:
+        text = json.dumps({"channels": channels or [], **record})
+        (folder / "samples.json").write_text(text)
     return path
 
 
@@ -247,6 +383,167 @@ def test_bad_sample_files_are_named(tmp_path):
         figures.read_samples(str(path))
 
 
+def test_a_sample_set_knows_how_it_was_made(tmp_path):
+    checkpoint = "run/ema_0.9999_060000.pt"
+    path = write_samples(tmp_path / "a", numbered(3, 1), step=60000, checkpoint=checkpoint)
+    for place in (path, path.parent):
+        found = figures.read_sample_set(str(place))
+        assert (found.step, found.checkpoint_name) == (60000, "ema_0.9999_060000")
+        assert (found.channels, found.folder_name) == (None, "a")
+    bare = figures.read_sample_set(str(write_samples(tmp_path / "b", numbered(3, 1))))
+    assert (bare.step, bare.checkpoint_name, bare.record) == (None, "b", {})
+    assert found.chosen(1, 2)[:, 0, 0, 0].tolist() == [21, 41]
+    assert found.chosen(1).shape == (2, 64, 64, 1)
+    for start, num in ((2, 2), (3, 0), (-1, 1), (0, -1)):
+        with pytest.raises(ValueError, match=f"--start {start} --num {num} of 3 samples in .*a: "):
+            found.chosen(start, num)
+    write_samples(tmp_path / "c", numbered(3, 1), step="60K")
+    with pytest.raises(ValueError, match=r"samples\.json is not the JSON object"):
+        figures.read_sample_set(str(tmp_path / "c"))
+
+
+def flat_set(folder, level, **record):
+    """A sample folder whose sample n has the levels level + n (T1) and level + n + 100 (T2)."""
+    level = level + np.arange(4)[:, None] + np.array([0, 100])
+    samples = np.broadcast_to(level[:, None, None, :], (4, 64, 64, 2)).astype(np.uint8)
+    write_samples(folder, samples, ["T1", "T2"], **record)
+    return str(folder)
+
+
+def blocks(path, sets, columns, gap):
+    """Where each set's grid begins in a picture, [left of each], and the top of the panels."""
+    picture = pixels(Image.open(path))
+    layout = figures.grid_layout((4, 64, 64, 2), columns=columns)
+    width = (picture.shape[1] + gap) // sets
+    assert layout.size[0] == width - gap
+    return picture, [index * width for index in range(sets)], layout
+
+
+def test_an_evolution_has_a_row_per_sample_and_a_block_per_step(tmp_path):
+    folders = [
+        flat_set(tmp_path / name, level, step=step)
+        for name, level, step in (("x", 10, 20000), ("y", 30, 5000), ("z", 50, 10000))
+    ]
+    path = str(tmp_path / "new" / "evolution.png")
+    figures.write_evolution(folders, path, num=3, start=1)
+    picture, lefts, layout = blocks(path, sets=3, columns=1, gap=0)
+    heading = picture.shape[0] - (12 + layout.header + 3 * 140)
+    assert heading == figures._text_height(18) + 12, "one line above the channels' names"
+    for left, level in zip(lefts, (30, 50, 10)):  # 5K, 10K, 20K
+        assert (picture[:heading, left : left + layout.size[0]] == 0).any(), "the step is written"
+        for row in range(3):
+            for channel in range(2):
+                x, y = layout.corner(row, channel)
+                y += heading
+                shown = picture[y : y + 128, left + x : left + x + 128]
+                assert (shown == level + 1 + row + 100 * channel).all()
+
+
+def test_an_evolutions_headers_are_the_steps_or_the_folders(tmp_path, monkeypatch):
+    drawn = []
+    make = figures.evolution_grid
+
+    def keep(sets, titles, channels, **options):
+        drawn.append(titles)
+        return make(sets, titles, channels, **options)
+
+    monkeypatch.setattr(figures, "evolution_grid", keep)
+    names = ("samples10", "samples9", "b", "a")
+    steps = (None, None, 10000, 2500)
+    folders = [flat_set(tmp_path / name, 9, step=step) for name, step in zip(names, steps)]
+    figures.write_evolution(folders, str(tmp_path / "a.png"), num=1)
+    assert drawn == [["2.5K", "10K", "samples9", "samples10"]]
+    with pytest.raises(ValueError, match=r"both hold samples of step 10000: .* figures\.py beside"):
+        figures.write_evolution([folders[2]] * 2, str(tmp_path / "b.png"))
+
+
+def test_sets_beside_each_other_keep_order_and_sample_numbers(tmp_path):
+    folders = [flat_set(tmp_path / name, level) for name, level in (("raw", 50), ("ema", 10))]
+    path = str(tmp_path / "beside.png")
+    figures.write_beside(folders, path, num=4)
+    picture, lefts, layout = blocks(path, sets=2, columns=1, gap=36)
+    heading = picture.shape[0] - layout.size[1]
+    for left, level in zip(lefts, (50, 10)):
+        for number in range(4):
+            x, y = layout.corner(number, 1)
+            shown = picture[y + heading : y + heading + 128, left + x : left + x + 128]
+            assert (shown == level + number + 100).all()
+    assert (picture[12:-12, lefts[1] - 18] == 0).all(), "a line between the sets"
+
+
+def test_titles_are_checkpoints_then_folders_then_asked_for(tmp_path, monkeypatch):
+    drawn = []
+
+    def keep(sets, titles, channels, **options):
+        drawn.append(list(titles))
+        return Image.new("RGB", (1, 1))
+
+    monkeypatch.setattr(figures, "beside_grid", keep)
+    out = str(tmp_path / "a.png")
+    ema = flat_set(tmp_path / "ema", 1, checkpoint="run/ema_0.9999_060000.pt")
+    raw = flat_set(tmp_path / "raw", 1, checkpoint="run/model060000.pt")
+    respaced = flat_set(tmp_path / "respaced", 1, checkpoint="run/ema_0.9999_060000.pt")
+    figures.write_beside([ema, raw], out, num=4)
+    figures.write_beside([ema, respaced], out, num=0)
+    figures.write_beside([ema, raw], out, num=1, titles=["EMA", "raw model"])
+    assert drawn == [
+        ["ema_0.9999_060000", "model060000"],
+        ["ema", "respaced"],
+        ["EMA", "raw model"],
+    ]
+    with pytest.raises(ValueError, match=r"3 titles .* for 2 sample folders"):
+        figures.write_beside([ema, raw], out, titles=["a", "b", "c"])
+    with pytest.raises(ValueError, match="name them with --titles"):
+        figures.write_beside([ema, ema], out)
+    with pytest.raises(ValueError, match="names 1 folder: give two or more"):
+        figures.write_beside([ema], out)
+
+
+def test_a_long_title_makes_room_for_itself():
+    sets = [numbered(1, 1)] * 2
+    narrow = pixels(figures.beside_grid(sets, ["a", "b"], ["T1"]))
+    wide = pixels(figures.beside_grid(sets, ["a", "a checkpoint with a long name"], ["T1"]))
+    assert narrow.shape[1] == 2 * 152 + 36
+    width = (wide.shape[1] - 36) // 2
+    assert width > 200
+    assert (wide[:, -12:] == 255).all(), "no letter in the margin"
+    left = (width - 152) // 2 + 12
+    top = wide.shape[0] - 12 - 128
+    for start in (left, left + width + 36):
+        assert (wide[top : top + 128, start : start + 128] == 1).all(), "in the middle"
+
+
+def test_outlines_go_into_sets_beside_each_other(tmp_path):
+    for name, step in (("a", 1), ("b", 2)):
+        write_samples(tmp_path / name, masked(2), ["FLAIR", "Seg", "T1CE"], step=step)
+    folders = [str(tmp_path / name) for name in "ab"]
+    figures.write_beside(folders, str(tmp_path / "beside.png"), num=2, masks="outlines")
+    figures.write_evolution(folders, str(tmp_path / "evolution.png"), num=2, masks="outlines")
+    figures.compare_grid(
+        masked(2),
+        masked(2),
+        ["FLAIR", "Seg", "T1CE"],
+        str(tmp_path / "compare.png"),
+        masks="outlines",
+    )
+    for name in ("beside", "evolution", "compare"):
+        picture = pixels(Image.open(tmp_path / f"{name}.png"))
+        rims = (picture[:-50] == PALETTE[102]).all(axis=2).sum()
+        assert rims == 2 * 2 * 2 * (64 * 64 - 62 * 62), "2 sets of 2 samples with 2 images each"
+
+
+def test_sets_of_different_kinds_are_not_shown_together(tmp_path):
+    first = flat_set(tmp_path / "a", 1, step=1)
+    other = str(tmp_path / "b")
+    write_samples(tmp_path / "b", numbered(4, 2), ["Seg", "T1"], step=2)
+    for write in (figures.write_beside, figures.write_evolution):
+        with pytest.raises(ValueError, match=r"a holds .*channels T1, T2, but .*b of .* Seg, T1: "):
+            write([first, other], str(tmp_path / "x.png"), num=1)
+        with pytest.raises(ValueError, match="--start 0 --num 5 of 4 samples"):
+            write([first, flat_set(tmp_path / "c", 1, step=3)], str(tmp_path / "x.png"), num=5)
+    assert not (tmp_path / "x.png").exists()
+
+
 # ----------------------------------------------------------------------------------------- plots
 
 
@@ -255,7 +552,7 @@ def test_the_later_part_wins_where_parts_overlap(tmp_path):
     late = write_csv(tmp_path / "a.csv", [{"step": s, "loss": 2.0} for s in range(30, 90, 10)])
     last = write_csv(tmp_path / "m.csv", [{"step": s, "loss": 3.0} for s in range(80, 100, 10)])
     for order in ([early, late, last], [last, late, early]):
-        rows = figures.join_progress(order)
+        rows = plots.join_progress(order)
         assert [row["step"] for row in rows] == list(range(0, 100, 10))
         assert [row["loss"] for row in rows] == [1.0] * 3 + [2.0] * 5 + [3.0] * 2
 
@@ -263,32 +560,55 @@ def test_the_later_part_wins_where_parts_overlap(tmp_path):
 def test_lost_work_inside_one_file_is_replaced_too(tmp_path):
     steps = [0, 10, 20, 30, 20, 30, 40]
     path = write_csv(tmp_path / "p.csv", [{"step": s, "loss": i} for i, s in enumerate(steps)])
-    rows = figures.join_progress([path])
+    rows = plots.join_progress([path])
     assert [(row["step"], row["loss"]) for row in rows] == [
         (0, 0), (10, 1), (20, 4), (30, 5), (40, 6),
     ]  # fmt: skip
 
 
 def test_smoothing_is_an_average_that_follows_a_steep_start():
-    assert figures.smoothed(np.full(50, 3.0), 0.99).tolist() == pytest.approx([3.0] * 50)
+    assert plots.smoothed(np.full(50, 3.0), 0.99).tolist() == pytest.approx([3.0] * 50)
     values = np.array([1.0, 4.0, 2.0])
-    assert figures.smoothed(values, 0.0).tolist() == [1.0, 4.0, 2.0]
+    assert plots.smoothed(values, 0.0).tolist() == [1.0, 4.0, 2.0]
     # By hand: the past weighs 2/11 at the second value and 0.2 (3/12 is more) at the third.
     second = 1 * 2 / 11 + 4 * 9 / 11
-    assert figures.smoothed(values, 0.2).tolist() == pytest.approx(
+    assert plots.smoothed(values, 0.2).tolist() == pytest.approx(
         [1, second, 0.2 * second + 0.8 * 2]
     )
     steep = np.concatenate([np.ones(5), np.full(95, 0.001)])
-    assert figures.smoothed(steep, 0.99)[60] < 0.0011
+    assert plots.smoothed(steep, 0.99)[60] < 0.0011
+
+
+def test_smoothing_over_a_width_does_not_depend_on_the_number_of_rows():
+    x = np.arange(0, 1001, 10.0)
+    assert plots.smoothed_over(x, np.full(101, 3.0), 50) == pytest.approx(np.full(101, 3.0))
+    values = np.sin(x)
+    assert (plots.smoothed_over(x, values, 0) == values).all()
+    # By hand: at x = 10 the width is 1, at x = 20 it is 2, as much as is asked for.
+    second = 1 * np.exp(-10) + 4 * (1 - np.exp(-10))
+    third = second * np.exp(-5) + 2 * (1 - np.exp(-5))
+    smooth = plots.smoothed_over(np.array([0, 10, 20.0]), np.array([1, 4, 2.0]), 2)
+    assert smooth.tolist() == pytest.approx([1, second, third])
+    # A step from 1 to 0 is forgotten at the same place by logs with many and with few rows.
+    for spacing in (1, 50):
+        x = np.arange(0, 4001, spacing)
+        smooth = plots.smoothed_over(x, (x <= 2000).astype(float), 100)
+        assert smooth[x == 2100] == pytest.approx(np.exp(-1))
+
+
+def axes_of(monkeypatch, plot, *args, **kwargs):
+    """The axes that a plot function draws."""
+    kept = []
+    make = plots._figure
+    monkeypatch.setattr(plots, "_figure", lambda: kept.append(make()) or kept[-1])
+    plot(*args, **kwargs)
+    (axes,) = kept[0].axes
+    return axes
 
 
 def curves_of(monkeypatch, *args, **kwargs):
-    """The figure's strong curves by label, as arrays [2, rows] of x and y."""
-    kept = []
-    make = figures._figure
-    monkeypatch.setattr(figures, "_figure", lambda: kept.append(make()) or kept[-1])
-    figures.loss_plot(*args, **kwargs)
-    (axes,) = kept[0].axes
+    """A loss plot's strong curves by label, as arrays [2, rows] of x and y."""
+    axes = axes_of(monkeypatch, plots.loss_plot, *args, **kwargs)
     assert axes.get_yscale() == "log"
     lines = {line.get_label(): line for line in axes.lines}
     return {name: np.array(line.get_data()) for name, line in lines.items() if name[0] != "_"}
@@ -321,17 +641,90 @@ def test_a_loss_plot_has_a_labelled_curve_per_quartile(tmp_path, monkeypatch):
     assert (width, height) == (1400, pytest.approx(920, abs=1))  # releases round differently
 
 
+def ramp(path, step, batch, values):
+    rows = [
+        {"step": step * n, "samples": batch * step * n, "loss_q1": value, "vb": -value}
+        for n, value in enumerate(values)
+    ]
+    return write_csv(path, rows)
+
+
+def test_terms_and_logarithmic_axes_are_chosen(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    path = ramp(tmp_path / "p.csv", 10, 4, [3.0, 2.0, float("nan"), 1.0])
+    out = str(tmp_path / "a.png")
+    options = {"terms": ["vb", "loss_q1"], "smooth": 0.0}
+    axes = axes_of(monkeypatch, plots.loss_plot, [path], out, log_y=False, **options)
+    assert (axes.get_xscale(), axes.get_yscale()) == ("linear", "linear")
+    faint, strong = axes.lines[:2]
+    for line in (faint, strong):
+        assert np.array(line.get_data()).tolist() == [[0, 10, 30], [-3, -2, -1]]
+    assert [line.get_label() for line in axes.lines[1::2]] == [
+        "vb",
+        "loss_q1: t in the second quarter",
+    ]
+    assert len({line.get_color() for line in axes.lines}) == 2
+    axes = axes_of(monkeypatch, plots.loss_plot, [path], out, log_x=True, x="samples", **options)
+    assert (axes.get_xscale(), axes.get_yscale()) == ("log", "log")
+    assert axes.lines[2].get_xdata().tolist() == [40, 120], "nothing at x = 0"
+    with pytest.raises(
+        ValueError, match=r"no row has step and mse_T1CE, .* loss_q1, samples, step"
+    ):
+        plots.loss_plot([path], out, terms=["vb", "mse_T1CE"])
+
+
+def test_curves_compare_one_column_across_runs(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    runs = {
+        "small": [
+            ramp(tmp_path / "s1.csv", 10, 1, [9.0, 8.0]),
+            write_csv(tmp_path / "s2.csv", [{"step": 10, "samples": 10, "loss_q1": 7}]),
+        ],
+        "large": [ramp(tmp_path / "l.csv", 10, 5, [6.0, 5.0, 4.0])],
+    }
+    out = str(tmp_path / "a.pdf")
+    axes = axes_of(monkeypatch, plots.curve_plot, runs, out, smooth=0, log_y=False)
+    assert [line.get_label() for line in axes.lines[1::2]] == ["small", "large"]
+    drawn = [np.array(line.get_data()).tolist() for line in axes.lines[1::2]]
+    assert drawn == [[[0, 10], [9, 7]], [[0, 50, 100], [6, 5, 4]]]
+    assert axes.get_xlabel() == "images seen"
+    assert axes.get_ylabel() == "loss_q1: t in the second quarter (faint: as logged)"
+    curves = plots.run_curves(runs, x="step", x_max=10, log_x=True)
+    assert [curve.x.tolist() for curve in curves] == [[10], [10]]
+    x = np.array([0, 50, 100.0])
+    expected = plots.smoothed_over(x, np.array([6, 5, 4.0]), 1.0)  # a hundredth of 100 images
+    assert plots.run_curves(runs)[1].smoothed.tolist() == expected.tolist()
+    with pytest.raises(ValueError, match=r"run small \(.*s1\.csv, .*s2\.csv\): no row has .* mse"):
+        plots.run_curves(runs, term="mse")
+    with pytest.raises(ValueError, match=r"run small .* at samples up to -1 that can be drawn"):
+        plots.run_curves(runs, x_max=-1)
+    with pytest.raises(ValueError, match="smooth is -1"):
+        plots.run_curves(runs, smooth=-1)
+    late = write_csv(tmp_path / "late.csv", [{"step": 20, "samples": 20, "loss_q1": 1}])
+    with pytest.raises(ValueError, match=r"samples does not increase .* choose --x step"):
+        plots.run_curves({"large": [*runs["large"][:1], late]})
+
+
+def test_many_curves_stay_apart(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    path = ramp(tmp_path / "p.csv", 10, 1, [2.0, 1.0])
+    runs = {f"run {n}": [path] for n in range(16)}
+    axes = axes_of(monkeypatch, plots.curve_plot, runs, str(tmp_path / "a.png"))
+    looks = {(line.get_color(), line.get_linestyle()) for line in axes.lines[1::2]}
+    assert len(looks) == 16
+
+
 def test_plots_that_cannot_be_drawn_say_why(tmp_path, monkeypatch):
     path = write_csv(tmp_path / "progress.csv", [{"step": 1, "accuracy": 2}])
     with pytest.raises(ValueError, match="nothing to plot"):
-        figures.loss_plot([path], str(tmp_path / "a.png"))
+        plots.loss_plot([path], str(tmp_path / "a.png"))
     with pytest.raises(ValueError, match=r"a\.gif ends in gif: expected \.png or \.pdf"):
-        figures.loss_plot([path], str(tmp_path / "a.gif"))
+        plots.loss_plot([path], str(tmp_path / "a.gif"))
     with pytest.raises(ValueError, match=r"smooth is 1\.5"):
-        figures.loss_plot([path], str(tmp_path / "a.png"), smooth=1.5)
+        plots.loss_plot([path], str(tmp_path / "a.png"), smooth=1.5)
     bare = write_csv(tmp_path / "bare.csv", [{"loss": 1}])
     with pytest.raises(ValueError, match=r"bare\.csv is not a training log"):
-        figures.loss_plot([bare], str(tmp_path / "a.png"))
+        plots.loss_plot([bare], str(tmp_path / "a.png"))
     load = builtins.__import__
 
     def without_matplotlib(name, *args):
@@ -340,8 +733,9 @@ def test_plots_that_cannot_be_drawn_say_why(tmp_path, monkeypatch):
         return load(name, *args)
 
     monkeypatch.setattr(builtins, "__import__", without_matplotlib)
+    sound = write_csv(tmp_path / "sound.csv", [{"step": 1, "loss": 2}])
     with pytest.raises(ValueError, match=r"pip install 'improved-diffusion\[plots\]'"):
-        figures.loss_plot([path], str(tmp_path / "a.png"))
+        plots.loss_plot([sound], str(tmp_path / "a.png"))
     assert not (tmp_path / "a.png").exists()
 
 
@@ -349,7 +743,7 @@ def test_plots_that_cannot_be_drawn_say_why(tmp_path, monkeypatch):
 def test_the_reports_own_logs_show_what_it_describes(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     parts = sorted(glob.glob(str(SEED_LOGS / "two_channel_exp4_part*.csv")))
-    rows = figures.join_progress(parts)
+    rows = plots.join_progress(parts)
     steps = np.array([row["step"] for row in rows])
     assert (np.diff(steps) > 0).all()
     assert (steps[0], steps[-1]) == (0, 62870)
@@ -363,7 +757,121 @@ def test_the_reports_own_logs_show_what_it_describes(tmp_path, monkeypatch):
     assert all(curve[1][-1] < curve[1][0] / 50 for curve in curves), "every curve falls"
 
 
+@pytest.mark.skipif(not SEED_LOGS.is_dir(), reason=f"the report's logs are not at {SEED_LOGS}")
+def test_the_reports_runs_compare_as_it_describes():
+    runs = {
+        name: sorted(glob.glob(str(SEED_LOGS / f"{name}_part*.csv")))
+        for name in ("two_channel_exp3", "two_channel_exp4", "five_channel_exp1")
+    }
+    ends = {"two_channel_exp3": 223430, "two_channel_exp4": 62870, "five_channel_exp1": 45470}
+    for name, paths in runs.items():
+        steps = [row["step"] for row in plots.join_progress(paths)]
+        assert steps == list(range(0, ends[name] + 1, 10)), "no step is missing or there twice"
+    small, large, _ = plots.run_curves(runs, x="step", x_max=60000)
+    late_small, late_large = small.x > 40000, large.x > 40000
+    spread = [
+        np.std(np.log(curve.logged[late] / curve.smoothed[late]))
+        for curve, late in ((small, late_small), (large, late_large))
+    ]
+    assert spread[0] > 2 * spread[1], "batch 128 is more stable than batch 7 (figure 7)"
+    assert large.smoothed[-1] < small.smoothed[-1]
+
+
 # ---------------------------------------------------------------------------------------- script
+
+
+def test_help_explains_every_flag(module):
+    parser = module.create_argparser()
+    (commands,) = (
+        action for action in parser._actions if isinstance(action, argparse._SubParsersAction)
+    )
+    expected = {
+        "loss": "out progress terms smooth x log_x log_y",
+        "curve": "out run term smooth x_max x log_x log_y",
+        "grid": "out samples columns num start masks",
+        "evolution": "out samples num start masks",
+        "beside": "out samples titles num start masks",
+        "compare": "out real samples num seed masks",
+    }
+    assert list(commands.choices) == list(expected)
+    for name, flags in expected.items():
+        actions = [action for action in commands.choices[name]._actions if action.dest != "help"]
+        assert [action.dest for action in actions] == flags.split()
+        for action in actions:
+            assert len(action.help or "") > 10, f"{name} --{action.dest}"
+            tells = f"(default: {action.default})" in " ".join(
+                commands.choices[name].format_help().split()
+            )
+            assert tells or action.default is None
+    assert "same number begin with the same noise" in commands.choices["evolution"].description
+
+
+def test_script_curve_names_runs(tmp_path, module, script, refused):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    for name in ("a", "b", "lr=1e-4"):
+        (tmp_path / name).mkdir()
+        ramp(tmp_path / name / "progress.csv", 10, 1, [2.0, 1.0, 0.5])
+    a, b, odd = (str(tmp_path / name / "progress.csv") for name in ("a", "b", "lr=1e-4"))
+    assert module.named_runs([f"Run 1={a},{b}", b, odd]) == {
+        "Run 1": [a, b],
+        "b": [b],
+        "lr=1e-4": [odd],
+    }
+    out = tmp_path / "x.png"
+    script("curve", "--run", a, "--run", b, "--log_x", "True", "--log_y", "false", "--out", out)
+    assert Image.open(out).size[0] == 1400
+    out.unlink()
+    assert "another run is called 'a' too; give each its own label" in refused(
+        "curve", "--run", a, "--run", a, "--out", out
+    )
+    assert "no row has samples and foo" in refused(
+        "curve", "--run", a, "--term", "foo", "--out", out
+    )
+    assert "the log has loss_q1, samples, step, vb" in refused(
+        "loss", "--progress", a, "--terms", "vb,foo", "--out", out
+    )
+    assert not out.exists()
+
+
+def test_script_evolution_and_beside(tmp_path, script, refused, capsys):
+    a = flat_set(tmp_path / "a", 10, step=20000)
+    b = flat_set(tmp_path / "b", 30, step=10000)
+    sets = [figures.read_samples(folder)[0] for folder in (a, b)]
+    out = tmp_path / "x.png"
+    script("evolution", "--samples", a, b, "--num", 2, "--start", 1, "--out", out)
+    assert capsys.readouterr().out == f"wrote {out}\n"
+    expected = figures.evolution_grid([sets[1][1:3], sets[0][1:3]], ["10K", "20K"], ["T1", "T2"])
+    assert (pixels(Image.open(out)) == pixels(expected)).all()
+    script("beside", "--samples", a, b, "--num", 3, "--titles", "EMA, raw model", "--out", out)
+    expected = figures.beside_grid(
+        [samples[:3] for samples in sets], ["EMA", "raw model"], ["T1", "T2"]
+    )
+    assert (pixels(Image.open(out)) == pixels(expected)).all()
+    assert "of 4 samples" in refused("beside", "--samples", a, b, "--out", out)
+    assert "need the channel Seg" in refused(
+        "evolution", "--samples", a, b, "--masks", "outlines", "--out", out
+    )
+
+
+def test_script_grid_chooses_samples_columns_and_masks(tmp_path, script, refused):
+    samples = masked(5)
+    folder = write_samples(tmp_path / "s", samples, ["FLAIR", "Seg", "T1CE"]).parent
+    out = tmp_path / "x.png"
+    arguments = ["--start", 2, "--num", 3, "--columns", 3, "--masks", "outlines"]
+    script("grid", "--samples", folder, *arguments, "--out", out)
+    expected = figures.sample_grid(
+        samples[2:5], ["FLAIR", "Seg", "T1CE"], columns=3, masks="outlines"
+    )
+    assert (pixels(Image.open(out)) == pixels(expected)).all()
+    assert "numbers are 0 to 4" in refused("grid", "--samples", folder, "--start", 5, "--out", out)
+
+
+def test_pictures_need_neither_torch_nor_matplotlib():
+    code = (
+        "import sys; import improved_diffusion.figures, improved_diffusion.plots;"
+        "assert not {'torch', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=REPO, check=True)
 
 
 def test_script_loss_and_grid(tmp_path, script, capsys):

@@ -118,7 +118,8 @@ def test_kl_and_likelihood(golden):
     likelihood = discretized_gaussian_log_likelihood(
         torch.tensor(scalars["likelihood_x"]), means=mean1.tanh(), log_scales=logvar1
     )
-    assert relative_error(likelihood, scalars["discretized_gaussian_log_likelihood"]) < 1e-5
+    # Differences of a distribution function: processors round them differently.
+    assert relative_error(likelihood, scalars["discretized_gaussian_log_likelihood"]) < 1e-4
 
 
 def test_kl_by_hand():

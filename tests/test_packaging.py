@@ -50,6 +50,9 @@ def number_or_text(text):
     [
         ("image_train", "Training"),
         ("image_sample", "Sampling"),
+        ("image_nll", "Likelihood"),
+        ("super_res_train", "Training"),
+        ("super_res_sample", ""),
         ("brats_prepare", "Your BraTS data in five commands"),
         ("brats_phantom", ""),
     ],
@@ -63,7 +66,7 @@ def test_readme_tells_every_flag_and_its_default(name, section):
         assert len(told) > 5
     command = [sys.executable, ROOT / "scripts" / f"{name}.py", "--help"]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    entries = re.split(r"\s(?=--[a-z_]+ [A-Z{])", " ".join(output.split("options:")[1].split()))
+    entries = re.split(r"\s(?=--\w+ [A-Z{])", " ".join(output.split("options:")[1].split()))
     flags = {entry.split()[0]: entry for entry in entries if not entry.startswith("-h")}
     assert len(flags) > 3
     for flag, entry in flags.items():

@@ -111,8 +111,20 @@ def test_sample_folder_is_not_there_before_it_is_complete(tmp_path):
         write_sample_folder(str(out), ["T1"], [], {})
 
 
-def test_samples_without_channel_names(tmp_path):
+@pytest.mark.parametrize(("channels", "mode"), [(3, "RGB"), (1, "L"), (4, None)])
+def test_samples_without_channel_names(tmp_path, channels, mode):
+    """Three channels make colour pictures, one makes grey ones, other numbers make none."""
     out = tmp_path / "out"
-    write_sample_folder(str(out), [], [np.zeros((2, 8, 8, 3), np.uint8)], {})
-    names = sorted(p.name for p in out.iterdir())
-    assert names == ["grid.png", "samples.json", "samples_2x8x8x3.npz"]
+    levels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, channels), dtype=np.uint8)
+    write_sample_folder(str(out), [], [levels], {}, labels=[1, 0], classes=["ape", "cat"])
+    names = sorted(p.name for p in out.iterdir() if p.name != "images")
+    assert names == ["grid.png", "samples.json", f"samples_2x8x8x{channels}.npz"]
+    assert np.load(out / names[2])["arr_1"].tolist() == [1, 0]
+    if mode is None:
+        assert not (out / "images").exists()
+        return
+    pictures = sorted(p.name for p in (out / "images").iterdir())
+    assert pictures == ["ape_000001.png", "cat_000000.png"]
+    picture = Image.open(out / "images" / "cat_000000.png")
+    assert picture.mode == mode
+    np.testing.assert_array_equal(np.asarray(picture).reshape(8, 8, channels), levels[0])

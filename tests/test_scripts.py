@@ -171,7 +171,8 @@ def test_contradictions_are_refused(trained, slices, script, tmp_path):
         (["--channels", "T1,Seg"], ["T1"]),
         (["--batch_size", 7], ["--batch_size 7", "6"]),
         (["--batch_size", 0], ["--batch_size 0"]),
-        (["--class_cond", "True"], ["--class_cond"]),
+        (["--class_cond", "True", "--num_classes", 1], ["--num_classes 1", "2 classes"]),
+        (["--num_classes", 2], ["--num_classes 2", "--class_cond False"]),
         (["--log_interval", 0], ["--log_interval 0"]),
         (["--schedule_sampler", "foo"], ["--schedule_sampler foo"]),
         (["--ema_rate", "2"], ["--ema_rate 2"]),
@@ -237,7 +238,7 @@ def test_bad_sampling_flags(trained, script, tmp_path):
     bare = tmp_path / "model000001.pt"
     torch.save(dict(checkpoint.load_weights(str(model))), bare)
     result = script("image_sample", "--model_path", bare, "--sample_dir", out, "--in_channels", 2)
-    refused(result, bare, "another architecture")
+    refused(result, bare, "holds no flags", "--image_size, --diffusion_steps", "--num_heads")
     assert sorted(os.listdir(tmp_path)) == ["ema_0.9_000004.pt", "model000001.pt"]
 
 
@@ -312,12 +313,18 @@ def test_from_scans_to_samples(tmp_path):
     assert checkpoint.complete_steps(str(work / "third")) == [1]
 
 
-@pytest.mark.parametrize("name", ["image_train", "image_sample", "brats_prepare", "brats_phantom"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("image_train", "image_sample", "image_nll", "super_res_train", "super_res_sample"),
+        *("brats_prepare", "brats_phantom"),
+    ],
+)
 def test_every_flag_is_explained(script, name):
     status, output, _ = script(name, "--help")
     assert status == 0
     listed = " ".join(output.split("options:")[1].split())
-    entries = re.split(r"\s(?=--[a-z_]+ [A-Z{])", listed)[1:]
+    entries = re.split(r"\s(?=--\w+ [A-Z{])", listed)[1:]
     assert len(entries) > 3
     for entry in entries:
         _flag, _values, *explanation = entry.split()

@@ -156,6 +156,161 @@ def test_log_holds_the_reports_columns_and_means(tmp_path):
                 assert row[f"{name}_q{i}"] == pytest.approx(own.mean().item(), rel=1e-5)
 
 
+def test_channels_and_classes_are_logged(tmp_path):
+    """By the means of the squared errors, channel by channel and label by label."""
+
+    def data():
+        generator = torch.Generator().manual_seed(3)
+        while True:
+            batch = torch.rand(6, 2, 8, 8, generator=generator)
+            yield batch, {"y": torch.randint(3, (6,), generator=generator)}
+
+    class TwoChannels(Net):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(2, 4, 3, padding=1)
+            self.out = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x, t, y):
+            return super().forward(x, t)
+
+    logger.configure(str(tmp_path), ["csv"])
+    loop = TrainLoop(
+        model=TwoChannels(),
+        diffusion=create_gaussian_diffusion(steps=STEPS, learn_sigma=True),
+        data=data(),
+        batch_size=6,
+        microbatch=4,
+        lr=1e-2,
+        ema_rate=0.9,
+        log_interval=2,
+        save_interval=0,
+        resume_checkpoint="",
+        max_steps=2,
+        channels=["Seg", "T1CE"],
+        classes=["ape", "cat", "dog"],
+    )
+    errors, labels = [], []
+    inner = loop.diffusion.training_losses
+
+    def spy(model, x, t, model_kwargs, noise, **kwargs):
+        x_t = loop.diffusion.q_sample(x, t, noise)
+        with torch.no_grad():
+            output = loop.model(x_t, loop.diffusion.model_timesteps(t), **model_kwargs)
+        errors.append((output[:, :2] - noise).square().mean(dim=(2, 3)))  # [N, C]
+        labels.append(model_kwargs["y"])
+        return inner(model, x, t, model_kwargs=model_kwargs, noise=noise, **kwargs)
+
+    loop.diffusion.training_losses = spy
+    loop.run_loop()
+    (row,) = logger.read_progress(str(tmp_path / "progress.csv"))
+    errors, labels = torch.cat(errors), torch.cat(labels)
+    assert row["mse_Seg"] == pytest.approx(errors[:, 0].mean().item(), rel=1e-5)
+    assert row["mse_T1CE"] == pytest.approx(errors[:, 1].mean().item(), rel=1e-5)
+    assert row["mse"] == pytest.approx(errors.mean().item(), rel=1e-5)
+    for number, name in enumerate(("ape", "cat", "dog")):
+        own = errors[labels == number]
+        assert len(own) and row[f"mse_class_{name}"] == pytest.approx(own.mean().item(), rel=1e-5)
+    assert "mse_Seg_q0" not in row
+
+
+def test_many_classes_are_not_logged(tmp_path):
+    assert make(tmp_path, classes=[str(i) for i in range(11)]).meter.classes == []
+
+
+def test_half_precision_agrees_with_single_and_keeps_single_weights(tmp_path):
+    batch = next(batches())[0]
+    single = gradient(make(tmp_path / "single"), batch)
+    loop = make(tmp_path / "half", use_fp16=True)
+    assert loop.scaler.get_scale() == 2**20  # the reference's; too large for so small a network
+    loop.scaler.load_state_dict({**loop.scaler.state_dict(), "scale": 2.0**12})
+    half = gradient(loop, batch) / 2**12
+    assert half.dtype == torch.float32
+    assert 0 < (half - single).norm() / single.norm() < 5e-3  # float16 has 11 bits
+    loop.run_step(batch, {})
+    states = [*loop.params, *loop.ema_params[0], *(s["exp_avg"] for s in loop.opt.state.values())]
+    assert {value.dtype for value in states} == {torch.float32}
+    assert loop.scaler.get_scale() == pytest.approx(2**12.001, rel=1e-6)
+    path = str(tmp_path / "half" / "model000001.pt")
+    loop.save()
+    assert {value.dtype for value in checkpoint.load_weights(path).values()} == {torch.float32}
+
+
+def test_a_gradient_that_overflows_skips_the_step(tmp_path):
+    loop = make(tmp_path, use_fp16=True, fp16_scale_growth=0.25, log_interval=1, max_steps=2)
+    loop.scaler.load_state_dict({**loop.scaler.state_dict(), "scale": 2.0**60})
+    before = [p.detach().clone() for p in loop.params]
+    loop.run_step(*next(loop.data))
+    assert all(torch.equal(p, old) for p, old in zip(loop.params, before))
+    assert (loop.step, loop.scaler.get_scale()) == (1, 2.0**59)
+    loop.scaler.load_state_dict({**loop.scaler.state_dict(), "scale": 2.0**16})
+    loop.run_step(*next(loop.data))
+    assert any(not torch.equal(p, old) for p, old in zip(loop.params, before))
+    loop.log_step()
+    (row,) = logger.read_progress(str(tmp_path / "progress.csv"))
+    assert row["lg_loss_scale"] == pytest.approx(16.25)
+    assert 0 < row["grad_norm"] < 1e3  # of the step that counted
+
+
+def test_the_loss_scale_is_continued(tmp_path):
+    settings = {"use_fp16": True, "lr_anneal_steps": 40}
+    make(tmp_path / "whole", max_steps=10, **settings).run_loop()
+    make(tmp_path / "parts", max_steps=7, **settings).run_loop()
+    path = str(tmp_path / "parts" / checkpoint.model_name(7))
+    make(tmp_path / "parts", max_steps=10, start=7, resume_checkpoint=path, **settings).run_loop()
+    assert_equal(states(tmp_path / "parts", 10), states(tmp_path / "whole", 10))
+    scale = checkpoint.load(str(tmp_path / "whole" / "opt000010.pt"))["training"]["loss_scale"]
+    # Four gradients overflowed and halved 2^20; six did not.
+    assert math.log2(scale) == pytest.approx(16.006)
+
+
+def test_half_precision_state_of_the_reference_is_read(tmp_path):
+    """It keeps the moments of all parameters in one flat vector."""
+    loop = make(tmp_path, max_steps=5)
+    loop.run_loop()
+    other = tmp_path / "reference"
+    other.mkdir()
+    for name, state in states(tmp_path, 5).items():
+        if name.startswith("opt"):
+            own = state["state"]
+            flat = {
+                key: torch.cat([own[i][key].flatten() for i in range(len(own))])
+                for key in ("exp_avg", "exp_avg_sq")
+            }
+            groups = [{"lr": 1.0, "params": [0]}]
+            state = {"state": {0: {"step": 5, **flat}}, "param_groups": groups}
+        torch.save(dict(state), other / name)
+    resumed = make(tmp_path / "new", resume_checkpoint=str(other / "model000005.pt"))
+    assert_equal(resumed.opt.state_dict()["state"], loop.opt.state_dict()["state"])
+    assert resumed.opt.param_groups[0]["lr"] == 1e-2
+
+
+def test_the_state_of_another_network_is_refused(tmp_path):
+    make(tmp_path, max_steps=5).run_loop()
+    path = tmp_path / "opt000005.pt"
+    state = checkpoint.load(str(path))
+    state["state"][0]["exp_avg"] = torch.zeros(3)
+    torch.save(state, path)
+    with pytest.raises(ValueError, match=r"opt000005\.pt holds no optimizer state"):
+        make(tmp_path, resume_checkpoint=str(tmp_path / "model000005.pt"))
+
+
+def test_a_run_is_not_written_over(tmp_path):
+    make(tmp_path, max_steps=5).run_loop()
+    with pytest.raises(ValueError, match="already holds a run"):
+        make(tmp_path)
+
+
+def test_variables_of_the_reference(tmp_path, monkeypatch):
+    monkeypatch.setenv("DIFFUSION_TRAINING_TEST", "1")
+    monkeypatch.setenv("DIFFUSION_BLOB_LOGDIR", str(tmp_path / "elsewhere"))
+    loop = make(tmp_path / "log", save_interval=3)
+    assert loop.run_loop() is False
+    assert loop.step == 3
+    assert checkpoint.complete_steps(str(tmp_path / "elsewhere")) == [3]
+    assert checkpoint.complete_steps(str(tmp_path / "log")) == []
+
+
 def test_meter_leaves_out_empty_quartiles():
     meter = LossMeter(8)
     meter.add(torch.tensor([0, 1, 7]), {"loss": torch.tensor([1.0, 2.0, 6.0])})
