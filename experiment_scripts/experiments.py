@@ -1,7 +1,7 @@
-"""The report's experiments on BraTS: one definition of each, for training and for sampling.
+"""The report's experiments: one definition of each, for training and for sampling.
 
-The folders beside this file hold a ``train.py`` and a ``sample.py`` per experiment, which call
-``train(name)`` and ``sample(name)``. README.md says how to run them.
+The scripts in the folders beside this file call ``train(name)`` and ``sample(name)``. README.md
+says how to run them.
 """
 
 from __future__ import annotations
@@ -12,18 +12,26 @@ import shlex
 import signal
 import subprocess
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import blobfile as bf
 
 from improved_diffusion import cli
+from improved_diffusion.brats import CHANNELS
+
+# What needs torch or draws pictures is imported where it is used: a wrong flag is told at once.
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 
-# The unconditional LSUN bedroom model of Nichol & Dhariwal 2021, which every experiment uses.
-MODEL_FLAGS = {
+Flags = dict[str, object]
+
+# The unconditional LSUN bedroom model of Nichol & Dhariwal 2021, which every experiment on BraTS
+# uses.
+LSUN_NETWORK: Flags = {
     "image_size": 256,
     "num_channels": 128,
     "num_res_blocks": 2,
@@ -31,99 +39,169 @@ MODEL_FLAGS = {
     "learn_sigma": True,
     "use_scale_shift_norm": False,
     "attention_resolutions": 16,
-}
-DIFFUSION_FLAGS = {
     "diffusion_steps": 1000,
     "noise_schedule": "linear",
     "rescale_learned_sigmas": False,
     "rescale_timesteps": False,
 }
-EMA_AND_RAW = ("ema_0.9999", "model")
+# Their unconditional CIFAR-10 model, trained on L_hybrid.
+CIFAR10_NETWORK: Flags = {
+    "image_size": 32,
+    "num_channels": 128,
+    "num_res_blocks": 3,
+    "learn_sigma": True,
+    "dropout": 0.3,
+    "diffusion_steps": 4000,
+    "noise_schedule": "cosine",
+}
+RGB: Flags = {"in_channels": 3}
+
+RAW = "model"
+EMA_AND_RAW = ("ema_0.9999", RAW)
+
+# As many samples as figures.py shows by default.
+EVOLUTION_ROWS = 4
+BESIDE_SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Training:
+    """The flags of ``image_train.py`` that set one experiment apart from the others."""
+
+    max_steps: int
+    batch_size: int
+    lr: str = "1e-4"
+    microbatch: int = -1
+    save_interval: int = 10_000
+    pictures: str = ""  # the folder of ordinary pictures that --data_dir must name; else slices
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """What is sampled by default, and how."""
+
+    batch_size: int
+    num_samples: int
+    steps: tuple[int, ...] = ()
+    types: tuple[str, ...] = ("ema_0.9999",)
+    timestep_respacing: str = ""
+    published: str = ""  # address of a checkpoint that others have trained; then there are no steps
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What sets one experiment apart from the others."""
+    """An experiment of the report.
 
-    channels: str
-    max_steps: int
-    batch_size: int
-    sample_batch_size: int
-    num_samples: int
-    sample_steps: tuple[int, ...]
-    sample_types: tuple[str, ...] = ("ema_0.9999",)
-    timestep_respacing: str = ""
-    lr: str = "1e-4"
-    microbatch: int = -1
-    save_interval: int = 10_000
+    :param network: the flags that training and sampling must agree on.
+    :param training: None: others have trained it.
+    """
 
-    def network_flags(self) -> dict[str, object]:
-        """The flags that training and sampling must agree on."""
-        in_channels = len(self.channels.split(","))
-        channels = {"channels": self.channels, "in_channels": in_channels}
-        return {**channels, **MODEL_FLAGS, **DIFFUSION_FLAGS}
+    network: Flags
+    training: Training | None
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class SampleFolder:
+    """A checkpoint and the folder of its samples.
+
+    :param kind: ``model`` or ``ema_<rate>``; empty, as is the step, for a checkpoint that was
+        named by its path.
+    """
+
+    checkpoint: str
+    folder: str
+    kind: str = ""
+    step: int = 0
+
+
+def slices(channels: str) -> Flags:
+    """The network of the experiments on slices of these channels."""
+    return {"channels": channels, "in_channels": len(channels.split(",")), **LSUN_NETWORK}
 
 
 EXPERIMENTS = {
+    # The report says neither how long it trained nor how it sampled: both are chosen here.
+    "cifar10": Experiment(
+        {**RGB, **CIFAR10_NETWORK},
+        Training(
+            max_steps=50_000, batch_size=128, pictures="the folder that cifar10_pictures.py made"
+        ),
+        Sampling(batch_size=64, num_samples=64, steps=(50_000,), timestep_respacing="250"),
+    ),
+    "lsun_bedroom": Experiment(
+        # The preset knows the timesteps too; the folders' names are made of them here.
+        {"preset": "lsun_bedroom", "diffusion_steps": 1000},
+        None,
+        Sampling(
+            batch_size=42,
+            num_samples=252,
+            timestep_respacing="250",
+            published="https://openaipublic.blob.core.windows.net/diffusion/march-2021/"
+            "lsun_uncond_100M_1200K_bs128.pt",
+        ),
+    ),
+    "one_channel_exp1": Experiment(
+        {**RGB, **LSUN_NETWORK},
+        Training(
+            max_steps=100_000,
+            batch_size=1,
+            pictures="the folder T1CE of a slice folder, such as SLICES/T1CE",
+        ),
+        Sampling(batch_size=10, num_samples=40, steps=(100_000,)),
+    ),
     "one_channel_exp2": Experiment(
-        channels="T1CE",
-        max_steps=230_000,
-        batch_size=1,
-        sample_batch_size=8,
-        num_samples=64,
-        sample_steps=(230_000,),
+        slices("T1CE"),
+        Training(max_steps=230_000, batch_size=1),
+        Sampling(batch_size=8, num_samples=64, steps=(230_000,)),
     ),
     "two_channel_exp1": Experiment(
-        channels="T1CE,Seg",
-        max_steps=250_000,
-        batch_size=1,
-        sample_batch_size=8,
-        num_samples=64,
-        sample_steps=(250_000,),
+        slices("T1CE,Seg"),
+        Training(max_steps=250_000, batch_size=1),
+        Sampling(batch_size=8, num_samples=64, steps=(250_000,)),
     ),
     "two_channel_exp2": Experiment(
-        channels="T1CE,Seg",
-        max_steps=160_000,
-        batch_size=6,
-        sample_batch_size=36,
-        num_samples=72,
-        sample_steps=(160_000,),
+        slices("T1CE,Seg"),
+        Training(max_steps=160_000, batch_size=6),
+        Sampling(batch_size=36, num_samples=72, steps=(160_000,)),
     ),
     "two_channel_exp3": Experiment(
-        channels="T1CE,Seg",
-        max_steps=220_000,
-        batch_size=7,
-        lr="1e-6",
-        sample_batch_size=42,
-        num_samples=42,
-        sample_steps=(220_000,),
-        sample_types=EMA_AND_RAW,
-        timestep_respacing="250",
+        slices("T1CE,Seg"),
+        Training(max_steps=220_000, batch_size=7, lr="1e-6"),
+        Sampling(
+            batch_size=42,
+            num_samples=42,
+            steps=(220_000,),
+            types=EMA_AND_RAW,
+            timestep_respacing="250",
+        ),
     ),
     "two_channel_exp4": Experiment(
-        channels="T1CE,Seg",
-        max_steps=60_000,
-        batch_size=128,
-        microbatch=7,
-        sample_batch_size=42,
-        num_samples=42,
-        sample_steps=(60_000,),
-        sample_types=EMA_AND_RAW,
-        timestep_respacing="250",
+        slices("T1CE,Seg"),
+        Training(max_steps=60_000, batch_size=128, microbatch=7),
+        Sampling(
+            batch_size=42,
+            num_samples=42,
+            steps=(60_000,),
+            types=EMA_AND_RAW,
+            timestep_respacing="250",
+        ),
     ),
     "five_channel_exp1": Experiment(
-        channels="FLAIR,Seg,T1,T1CE,T2",
-        max_steps=45_000,
-        batch_size=128,
-        microbatch=6,
-        save_interval=5_000,
-        sample_batch_size=42,
-        num_samples=84,
-        sample_steps=(10_000, 15_000, 20_000, 25_000, 30_000),
-        sample_types=EMA_AND_RAW,
-        timestep_respacing="250",
+        slices("FLAIR,Seg,T1,T1CE,T2"),
+        Training(max_steps=45_000, batch_size=128, microbatch=6, save_interval=5_000),
+        Sampling(
+            batch_size=42,
+            num_samples=84,
+            steps=(10_000, 15_000, 20_000, 25_000, 30_000),
+            types=EMA_AND_RAW,
+            timestep_respacing="250",
+        ),
     ),
 }
+
+
+# --- training -----------------------------------------------------------------------------------
 
 
 def train(name: str) -> None:
@@ -131,7 +209,14 @@ def train(name: str) -> None:
 
     The process is replaced, not wrapped, so its ID stays the one that ``run_script.sh`` recorded.
     """
+    cli.run(lambda: become_training(name))
+
+
+def become_training(name: str) -> None:
+    """What :func:`train` does, with ``ValueError`` for what the user can mend."""
     experiment = EXPERIMENTS[name]
+    training = experiment.training
+    assert training is not None
     parser = argparse.ArgumentParser(
         description=f"Train {name} of the report. Any flag of scripts/image_train.py may be added "
         "and wins over the experiment's, for example --data_dir SLICES.",
@@ -139,17 +224,19 @@ def train(name: str) -> None:
     )
     add_print_flag(parser)
     args, extra = parser.parse_known_args()
+    if training.pictures:
+        check_pictures(extra, training.pictures)
     flags = {
         "out_dir": f"Checkpoints/{name}",
         "log_interval": 10,
-        "save_interval": experiment.save_interval,
-        **experiment.network_flags(),
-        "lr": experiment.lr,
-        "batch_size": experiment.batch_size,
-        "microbatch": experiment.microbatch,
+        "save_interval": training.save_interval,
+        **experiment.network,
+        "lr": training.lr,
+        "batch_size": training.batch_size,
+        "microbatch": training.microbatch,
         "ema_rate": "0.9999",
         "ema_warmup": False,
-        "max_steps": experiment.max_steps,
+        "max_steps": training.max_steps,
     }
     command = command_line("image_train.py", flags, extra)
     if args.print:
@@ -158,113 +245,273 @@ def train(name: str) -> None:
         os.execv(command[0], command)
 
 
+def check_pictures(extra: Sequence[str], expected: str) -> None:
+    """Refuse a command line that does not lead to a folder of ordinary pictures.
+
+    :param expected: what ``--data_dir`` must name.
+    """
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for flag in ("--data_dir", "--resume_checkpoint"):
+        parser.add_argument(flag, default="")
+    args, _ = parser.parse_known_args(extra)
+    # A continued run knows its folder.
+    if not args.data_dir and not args.resume_checkpoint:
+        raise ValueError(f"--data_dir is missing: name {expected}")
+    if args.data_dir and any(os.path.isdir(os.path.join(args.data_dir, name)) for name in CHANNELS):
+        raise ValueError(f"--data_dir {args.data_dir} is a slice folder: name {expected}")
+
+
+# --- sampling -----------------------------------------------------------------------------------
+
+
 def sample(name: str) -> None:
-    """Run ``scripts/image_sample.py`` on each chosen checkpoint of the experiment in turn."""
+    """Run ``scripts/image_sample.py`` on each chosen checkpoint in turn, then draw the figures."""
     cli.run(lambda: sample_each(name))
 
 
 def sample_each(name: str) -> None:
+    """What :func:`sample` does, with ``ValueError`` for what the user can mend."""
     experiment = EXPERIMENTS[name]
     args, extra = sample_parser(name, experiment).parse_known_args()
-    if args.model_path is not None:
-        checkpoints = [args.model_path]
-    else:
-        checkpoints = [
-            bf.join(args.out_dir, f"{kind if kind == 'model' else kind + '_'}{step:06d}.pt")
-            for step in args.steps
-            for kind in args.types
-        ]
-    commands = []
-    for checkpoint in checkpoints:
-        samples = bf.join(args.sample_dir, bf.basename(checkpoint).removesuffix(".pt"))
-        flags = {**experiment.network_flags(), "batch_size": experiment.sample_batch_size}
-        flags["num_samples"] = experiment.num_samples
-        if args.timestep_respacing:
-            flags["timestep_respacing"] = args.timestep_respacing
-        if args.timestep_respacing != experiment.timestep_respacing:
-            # Beside the report's own samples, not in their place.
-            taken = args.timestep_respacing or DIFFUSION_FLAGS["diffusion_steps"]
-            samples = f"{samples}_{taken}steps"
-        flags.update(model_path=checkpoint, sample_dir=samples)
-        commands.append(command_line("image_sample.py", flags, extra))
+    # Samples of other timesteps lie beside the report's own, not in their place.
+    suffix = ""
+    if args.timestep_respacing != experiment.sampling.timestep_respacing:
+        suffix = f"_{args.timestep_respacing or experiment.network['diffusion_steps']}steps"
+    folders = chosen_folders(args, suffix)
+    flags: Flags = {
+        "batch_size": experiment.sampling.batch_size,
+        "num_samples": experiment.sampling.num_samples,
+    }
+    if args.timestep_respacing:
+        flags["timestep_respacing"] = args.timestep_respacing
+
+    def command(own: SampleFolder) -> list[str]:
+        # With a network that was trained with other flags, the experiment's would contradict it.
+        network = {} if holds_flags(own.checkpoint) else experiment.network
+        paths = {"model_path": own.checkpoint, "sample_dir": own.folder}
+        return command_line("image_sample.py", {**network, **flags, **paths}, extra)
+
     if args.print:
-        print("\n".join(map(shlex.join, commands)))
+        print("\n".join(shlex.join(command(own)) for own in folders))
         return
+    left = [own for own in folders if not (os.path.isdir(own.folder) and os.listdir(own.folder))]
     # Not after hours of sampling the checkpoints that come first.
-    missing = [checkpoint for checkpoint in checkpoints if not bf.exists(checkpoint)]
+    missing = [own.checkpoint for own in left if not bf.exists(own.checkpoint)]
     if missing:
-        raise ValueError(
-            f"no checkpoint {', '.join(missing)}: train {name} first, or choose others with "
-            "--out_dir, --steps and --types"
+        raise ValueError(missing_text(name, experiment, missing))
+    wanted = SampleFlags(flags, extra)
+    for own in folders:
+        if own not in left:
+            wanted.check(own)
+            print(f"{own.folder} holds these samples already", flush=True)
+    status = run_in_turn([command(own) for own in left])
+    # A stopped program may have ended with status 0; its folder has no name then.
+    if status == 0 and all(os.path.isdir(own.folder) for own in folders):
+        write_figures(folders, args.sample_dir, suffix, wanted.values["num_samples"])
+    sys.exit(status)
+
+
+def missing_text(name: str, experiment: Experiment, missing: Sequence[str]) -> str:
+    """What to do about checkpoints that are not there."""
+    if experiment.training is None:
+        return (
+            f"no checkpoint {missing[0]}: download it from {experiment.sampling.published}, or "
+            "name another place with --model_path"
         )
-    sys.exit(run_in_turn(commands))
+    return (
+        f"no checkpoint {', '.join(missing)}: train {name} first, or choose others with --out_dir, "
+        "--steps and --types"
+    )
+
+
+def chosen_folders(args: argparse.Namespace, suffix: str) -> list[SampleFolder]:
+    """The checkpoints that the command line chooses, and a folder for the samples of each.
+
+    :param suffix: ends the names of the folders.
+    """
+
+    def folder(checkpoint: str) -> str:
+        return bf.join(args.sample_dir, bf.basename(checkpoint).removesuffix(".pt") + suffix)
+
+    if args.model_path is not None:
+        return [SampleFolder(args.model_path, folder(args.model_path))]
+    return [
+        SampleFolder(path, folder(path), kind, step)
+        for step in args.steps
+        for kind in args.types
+        for path in [bf.join(args.out_dir, f"{kind if kind == RAW else kind + '_'}{step:06d}.pt")]
+    ]
+
+
+def holds_flags(path: str) -> bool:
+    """Whether a checkpoint on this machine tells how it was trained.
+
+    One that is not there yet doesn't, and a remote one is not fetched only to ask it.
+    """
+    if not os.path.exists(path):
+        return False
+    from improved_diffusion import checkpoint
+
+    return "flags" in checkpoint.metadata_of(checkpoint.load_weights(path))
+
+
+class SampleFlags:
+    """The flags of ``image_sample.py`` with which samples are drawn, to be found in samples.json.
+
+    :param flags: the experiment's.
+    :param extra: the user's, which win.
+    """
+
+    # Where and in which portions samples are drawn does not change them. The checkpoint, which is
+    # compared, holds its channels or decides with the flags of the network what is drawn.
+    NOT_COMPARED = ("model_path", "sample_dir", "batch_size", "channels", "preset")
+
+    def __init__(self, flags: Flags, extra: Sequence[str]) -> None:
+        from improved_diffusion.sampling_script import SAMPLING_FLAGS
+        from improved_diffusion.script_util import given_flags, script_parser
+
+        argv = [*pairs(flags), *extra]
+        parser = script_parser("Flags of scripts/image_sample.py.", "sampling", SAMPLING_FLAGS)
+        self.values: dict[str, Any] = vars(parser.parse_args(argv))
+        compared = {*SAMPLING_FLAGS, "timestep_respacing", *given_flags(parser, argv)}
+        self.compared = sorted(compared.difference(self.NOT_COMPARED))
+
+    def check(self, own: SampleFolder) -> None:
+        """Whether a folder holds the samples that these flags draw from its checkpoint.
+
+        :raises ValueError: it doesn't; the message says in which flag they differ.
+        """
+        from improved_diffusion import checkpoint, figures
+
+        record = figures.read_sample_set(own.folder).record
+        if bf.exists(own.checkpoint):
+            same = record.get("checkpoint_sha256") == checkpoint.sha256(own.checkpoint)
+        else:  # it may have been removed when its samples were complete
+            same = bf.basename(record.get("checkpoint", "")) == bf.basename(own.checkpoint)
+        if not same:
+            raise ValueError(
+                f"{own.folder} holds samples of another checkpoint than {own.checkpoint}; move it "
+                "away, or choose another --sample_dir"
+            )
+        for name in self.compared:
+            found, expected = record.get("flags", {}).get(name), self.values[name]
+            if found != expected:
+                raise ValueError(
+                    f'{own.folder} holds samples that were drawn with --{name} "{found}" and not '
+                    f'"{expected}"; move it away, or choose another --sample_dir'
+                )
+
+
+def write_figures(
+    folders: Sequence[SampleFolder], sample_dir: str, suffix: str, num_samples: int
+) -> None:
+    """Draw what several checkpoints made: over the steps of each type, and EMA beside raw.
+
+    :param suffix: ends the pictures' names.
+    :param num_samples: how many each folder holds.
+    """
+    from improved_diffusion import figures
+
+    by_kind: dict[str, list[str]] = {}
+    by_step: dict[int, dict[str, str]] = {}
+    for own in folders:
+        by_kind.setdefault(own.kind, []).append(own.folder)
+        by_step.setdefault(own.step, {})[own.kind] = own.folder
+    for kind, paths in by_kind.items():
+        if len(paths) > 1:
+            picture = bf.join(sample_dir, f"evolution_{kind}{suffix}.png")
+            figures.write_evolution(paths, picture, num=min(EVOLUTION_ROWS, num_samples))
+            print(f"wrote {picture}", flush=True)
+    for step, kinds in by_step.items():
+        if RAW in kinds and len(kinds) > 1:
+            picture = bf.join(sample_dir, f"ema_beside_raw_{step:06d}{suffix}.png")
+            paths = [*(path for kind, path in kinds.items() if kind != RAW), kinds[RAW]]
+            figures.write_beside(paths, picture, num=min(BESIDE_SAMPLES, num_samples))
+            print(f"wrote {picture}", flush=True)
 
 
 def sample_parser(name: str, experiment: Experiment) -> argparse.ArgumentParser:
+    """The flags of the ``sample.py`` of an experiment."""
+    sampling = experiment.sampling
     parser = argparse.ArgumentParser(
-        description=f"Sample from checkpoints of {name} as the report did. Any flag of "
-        "scripts/image_sample.py may be added and wins over the experiment's.",
+        description=f"Sample from {name} as the report did. Any flag of scripts/image_sample.py "
+        "may be added and wins over the experiment's.",
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--steps",
-        type=steps,
-        default=experiment.sample_steps,
-        help=f"e.g. 10000,20000 (default: {','.join(map(str, experiment.sample_steps))})",
-    )
-    parser.add_argument(
-        "--types",
-        type=model_types,
-        default=experiment.sample_types,
-        help=f"e.g. ema_0.9999,model (default: {','.join(experiment.sample_types)})",
-    )
+    if sampling.published:
+        parser.add_argument(
+            "--model_path",
+            default=f"Checkpoints/{bf.basename(sampling.published)}",
+            help=f"the checkpoint of {sampling.published} (default: %(default)s)",
+        )
+    else:
+        parser.add_argument(
+            "--steps",
+            type=steps,
+            default=sampling.steps,
+            help=f"e.g. 10000,20000 (default: {','.join(map(str, sampling.steps))})",
+        )
+        parser.add_argument(
+            "--types",
+            type=model_types,
+            default=sampling.types,
+            help=f"e.g. ema_0.9999,model (default: {','.join(sampling.types)})",
+        )
+        parser.add_argument(
+            "--out_dir",
+            default=f"Checkpoints/{name}",
+            help="where training put the checkpoints (default: %(default)s)",
+        )
+        parser.add_argument(
+            "--model_path",
+            help="sample from this checkpoint alone, whatever --steps, --types and --out_dir say",
+        )
     parser.add_argument(
         "--timestep_respacing",
-        default=experiment.timestep_respacing,
+        default=sampling.timestep_respacing,
         help='"" takes every timestep (default: "%(default)s")',
-    )
-    parser.add_argument(
-        "--out_dir",
-        default=f"Checkpoints/{name}",
-        help="where training put the checkpoints (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--model_path",
-        help="sample from this checkpoint alone, whatever --steps, --types and --out_dir say",
     )
     parser.add_argument(
         "--sample_dir",
         default=f"Samples/{name}",
-        help="receives a folder for each checkpoint (default: %(default)s)",
+        help="receives a folder for each checkpoint, and the figures (default: %(default)s)",
     )
     add_print_flag(parser)
     return parser
 
 
 def add_print_flag(parser: argparse.ArgumentParser) -> None:
+    """Add ``--print``."""
     parser.add_argument("--print", action="store_true", help="print what would be run, and stop")
 
 
 def steps(text: str) -> tuple[int, ...]:
-    """Training steps from a flag such as ``10000,20000``."""
+    """Training steps from a flag such as ``10000,20000``; a step counts once."""
     parts = text.split(",")
     if not all(part.isdecimal() for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not steps such as 10000,20000")
-    return tuple(map(int, parts))
+    return tuple(dict.fromkeys(map(int, parts)))
 
 
 def model_types(text: str) -> tuple[str, ...]:
-    """Model types from a flag such as ``ema_0.9999,model``."""
-    parts = tuple(text.split(","))
-    if not all(part == "model" or part.startswith("ema_") for part in parts):
+    """Model types from a flag such as ``ema_0.9999,model``; a type counts once."""
+    parts = text.split(",")
+    if not all(part == RAW or part.startswith("ema_") for part in parts):
         raise argparse.ArgumentTypeError(f"{text!r} is not types such as ema_0.9999,model")
-    return parts
+    return tuple(dict.fromkeys(parts))
 
 
-def command_line(script: str, flags: dict[str, object], extra: list[str]) -> list[str]:
+# --- processes ----------------------------------------------------------------------------------
+
+
+def pairs(flags: Mapping[str, object]) -> list[str]:
+    """Flags as the words of a command line."""
+    return [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
+
+
+def command_line(script: str, flags: Mapping[str, object], extra: Sequence[str]) -> list[str]:
     """The command that runs a script; of a flag that is given twice the last one, extra's, wins."""
-    pairs = [part for flag, value in flags.items() for part in (f"--{flag}", str(value))]
-    return [sys.executable, str(SCRIPTS / script), *pairs, *extra]
+    return [sys.executable, str(SCRIPTS / script), *pairs(flags), *extra]
 
 
 def run_in_turn(commands: list[list[str]]) -> int:
@@ -289,19 +536,24 @@ def run_in_turn(commands: list[list[str]]) -> int:
         waiting.append(number)
         pass_on()
 
+    previous = {}
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup has SIGHUP ignored
-            signal.signal(number, on_signal)
+            previous[number] = signal.signal(number, on_signal)
 
     status = 0
-    for done, command in enumerate(commands):
-        if stopped:
-            print(f"stopped with {len(commands) - done} of {len(commands)} checkpoints left")
-            break
-        child = subprocess.Popen(command, preexec_fn=os.setpgrp)
-        pass_on()  # what came while the child was starting
-        status = child.wait()
-        child = None
-        if status != 0:
-            break
+    try:
+        for done, command in enumerate(commands):
+            if stopped:
+                print(f"stopped with {len(commands) - done} of {len(commands)} checkpoints left")
+                break
+            child = subprocess.Popen(command, preexec_fn=os.setpgrp)
+            pass_on()  # what came while the child was starting
+            status = child.wait()
+            child = None
+            if status != 0:
+                break
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     return 128 - status if status < 0 else status  # as a shell reports a signal
