@@ -100,7 +100,8 @@ class load_channels_from_dir(Dataset):
         if self.return_class:
             if self.mask_paths is not None:
                 mask = _read_levels(self.mask_paths[int(idx)])
-                mask = _resize(mask, self.image_size or mask.width, is_mask=True)
+                if self.image_size is not None:
+                    mask = _resize(mask, self.image_size, is_mask=True)
             else:
                 mask = resized[self._is_mask.index(True)]
             cond["y"] = int(brats.snap_mask(np.asarray(mask)).any())
@@ -115,7 +116,7 @@ class load_channels_from_dir(Dataset):
     ) -> tuple[torch.Tensor, list[Image.Image | np.ndarray]]:
         """The slice [C, size, size] in [-1, 1], and its resized planes."""
         resized = [
-            _resize(plane, size or plane.width, is_mask)
+            plane if size is None else _resize(plane, size, is_mask)
             for plane, is_mask in zip(planes, self._is_mask)
         ]
         levels = np.stack([np.asarray(plane, dtype=np.float64) for plane in resized])
@@ -419,7 +420,7 @@ def _read_levels(path: str) -> Image.Image:
         with bf.BlobFile(path, "rb") as file:
             image = Image.open(file)
             image.load()
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three on damage
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{path} cannot be decoded ({error}): it is truncated or damaged; replace it."
         ) from error

@@ -59,10 +59,10 @@ def endless_batches(
         # A generator of its own: starting the loader must not disturb the global random state.
         order = {"batch_sampler": batches, "generator": torch.Generator().manual_seed(seed)}
     loader = DataLoader(
-        _ErrorsAsItems(dataset),
+        ErrorsAsItems(dataset),
         num_workers=num_workers,
         collate_fn=_collate,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=ignore_signals,
         pin_memory=torch.cuda.is_available(),
         **order,
     )
@@ -103,8 +103,11 @@ class EpochBatches(Sampler[list[int]]):
             epoch, first = epoch + 1, 0
 
 
-class _ErrorsAsItems(Dataset):
-    """A user's error as an item: raised in a worker it would arrive wrapped in a traceback."""
+class ErrorsAsItems(Dataset):
+    """An error as an item: raised in a worker it would arrive wrapped in a traceback.
+
+    Any error, because the loader tells its workers of one by a signal that they ignore.
+    """
 
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
@@ -115,16 +118,16 @@ class _ErrorsAsItems(Dataset):
     def __getitem__(self, idx: int) -> Any:
         try:
             return self.dataset[idx]
-        except ValueError as error:
+        except Exception as error:
             return error
 
 
-def _collate(items: list[Any]) -> list[Any] | ValueError:
-    error = next((item for item in items if isinstance(item, ValueError)), None)
+def _collate(items: list[Any]) -> list[Any] | Exception:
+    error = next((item for item in items if isinstance(item, Exception)), None)
     return error if error is not None else default_collate(items)
 
 
-def _ignore_signals(worker: int) -> None:
+def ignore_signals(worker: int) -> None:
     """A signal to the whole process group must leave the main process batches to finish on."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -139,7 +142,7 @@ def _iterate(loader: DataLoader) -> Iterator[Batch]:
     try:
         while True:
             while (batch := next(epoch[0], None)) is not None:
-                if isinstance(batch, ValueError):
+                if isinstance(batch, Exception):
                     raise batch
                 yield tuple(batch)
             epoch[0] = iter(loader)

@@ -1,7 +1,8 @@
-"""Half precision: a network's convolutions, and master parameters for code that keeps its own.
+"""Precision: in which type a network computes.
 
-:class:`improved_diffusion.train_util.TrainLoop` needs neither: its parameters stay float32 and
-torch's autocast computes in float16.
+:func:`choose_precision` is what training uses, whose parameters always stay float32. The other
+functions are for code written for openai/improved-diffusion, which keeps parameters in float16
+and a float32 copy of them.
 """
 
 from __future__ import annotations
@@ -11,7 +12,43 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# The first GPUs with bfloat16 in hardware (Ampere).
+BF16_CAPABILITY = (8, 0)
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The type that ``--precision`` stands for on a device.
+
+    ``auto`` is bf16 on a GPU that has it in hardware, else fp32. bf16 on a GPU without it becomes
+    fp32.
+
+    :return: the type, and a line for the user where it isn't what was asked for or is slow.
+    :raises ValueError: an unknown name.
+    """
+    if name not in ("auto", *PRECISIONS):
+        raise ValueError(f"--precision {name}: choose from auto, {', '.join(PRECISIONS)}")
+    has_bf16 = device.type != "cuda" or (
+        torch.cuda.get_device_capability(device) >= BF16_CAPABILITY
+    )
+    if name == "auto":
+        return (torch.bfloat16 if has_bf16 and device.type == "cuda" else torch.float32), ""
+    if name == "bf16" and not has_bf16:
+        return torch.float32, "--precision bf16: this GPU lacks it in hardware; computing in fp32"
+    if name == "fp16" and device.type == "cpu":
+        return torch.float16, "--precision fp16: slow on a CPU; fp32 or bf16 are faster here"
+    return PRECISIONS[name], ""
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether float32 products on GPUs from Ampere on may round their inputs to 10 bits (TF32).
+
+    torch's own default is yes for convolutions and no for matrix products.
+    """
+    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 def convert_module_to_f16(module: nn.Module) -> None:

@@ -196,16 +196,16 @@ def _read_picture(path: str, mode: str) -> Image.Image:
     try:
         with bf.BlobFile(path, "rb") as file:
             picture = Image.open(file)
+            coding = str(picture.tile)  # gone after loading
             picture.load()
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises all three on damage
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(
             f"{path} cannot be decoded ({error}): it is truncated, damaged or no picture; replace"
             " or remove it."
         ) from error
-    if picture.mode.startswith(("I", "F")):
-        raise ValueError(
-            f"{path} has Pillow mode {picture.mode}: expected 8 bits per channel; convert it."
-        )
+    # Pillow cuts colours of 16 bits to 8 by itself, and greys of 16 bits when they are converted.
+    if picture.mode.startswith(("I", "F")) or ";16" in coding:
+        raise ValueError(f"{path} has 16 or more bits per channel: expected 8 bits; convert it.")
     # Before scaling, because a palette's numbers must not be averaged.
     return picture.convert(mode)
 
@@ -213,8 +213,8 @@ def _read_picture(path: str, mode: str) -> Image.Image:
 def _middle_square(picture: Image.Image, size: int) -> Image.Image:
     """Scale the shorter side to ``size`` and cut out the middle.
 
-    Halved by exact means as often as possible, then scaled by a bicubic filter: the order of
-    openai/improved-diffusion, whose pixels these are.
+    Halved by means of four pixels as often as possible, then scaled by a bicubic filter: the
+    order of openai/improved-diffusion, whose pixels these are.
     """
     while min(picture.size) >= 2 * size:
         width, height = picture.size

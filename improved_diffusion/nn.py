@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 NORM_GROUPS = 32
@@ -19,10 +20,11 @@ linear = nn.Linear
 
 
 class GroupNorm32(nn.GroupNorm):
-    """Group normalisation whose statistics are computed in float32 whatever the input's type."""
+    """Group normalisation in the input's type; torch sums up its statistics in float32."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return super().forward(x.float()).to(x.dtype)
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return functional.group_norm(x, self.num_groups, weight, bias, self.eps)
 
 
 def normalization(channels: int) -> nn.Module:
@@ -30,9 +32,32 @@ def normalization(channels: int) -> nn.Module:
     return GroupNorm32(NORM_GROUPS, channels)
 
 
+class _InTheInputsType:
+    """A convolution that computes in its input's type, whatever the type of its parameters.
+
+    So parameters stay float32 for the optimizer while a network computes in a shorter type.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return self._conv_forward(x, self.weight.to(x.dtype), bias)
+
+
+class Conv1d(_InTheInputsType, nn.Conv1d):
+    """See :class:`_InTheInputsType`."""
+
+
+class Conv2d(_InTheInputsType, nn.Conv2d):
+    """See :class:`_InTheInputsType`."""
+
+
+class Conv3d(_InTheInputsType, nn.Conv3d):
+    """See :class:`_InTheInputsType`."""
+
+
 def conv_nd(dims: int, *args: object, **kwargs: object) -> nn.Module:
     """A convolution over ``dims`` (1, 2 or 3) spatial dimensions."""
-    layers = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+    layers = {1: Conv1d, 2: Conv2d, 3: Conv3d}
     if dims not in layers:
         raise ValueError(f"a convolution has 1, 2 or 3 spatial dimensions, not {dims}")
     return layers[dims](*args, **kwargs)

@@ -113,7 +113,7 @@ def model_and_diffusion_defaults() -> dict[str, Any]:
 def sr_model_and_diffusion_defaults() -> dict[str, Any]:
     """The same for a super-resolution model, with two sizes instead of one."""
     flags = model_and_diffusion_defaults()
-    del flags["image_size"], flags["sigma_small"]
+    del flags["image_size"]
     return {"large_size": 256, "small_size": 64, **flags}
 
 
@@ -230,6 +230,7 @@ def sr_create_model_and_diffusion(
     channel_mult: str = "",
     predict_v: bool = False,
     num_classes: int = 0,
+    sigma_small: bool = False,
 ) -> tuple[SuperResModel, GaussianDiffusion]:
     """A super-resolution network and its process."""
     model = sr_create_model(
@@ -252,6 +253,7 @@ def sr_create_model_and_diffusion(
     diffusion = create_gaussian_diffusion(
         steps=diffusion_steps,
         learn_sigma=learn_sigma,
+        sigma_small=sigma_small,
         noise_schedule=noise_schedule,
         use_kl=use_kl,
         predict_xstart=predict_xstart,

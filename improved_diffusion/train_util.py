@@ -10,7 +10,7 @@ import os
 import signal
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -21,8 +21,16 @@ import torch
 from torch.optim import AdamW
 
 from improved_diffusion import checkpoint, dist_util, figures, logger, sampling
+from improved_diffusion.cost import (
+    free_memory,
+    is_out_of_memory,
+    largest_microbatch,
+    training_cost,
+)
+from improved_diffusion.fp16_util import PRECISIONS, choose_precision
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.nn import update_ema
+from improved_diffusion.packed import to_unit_range
 from improved_diffusion.resample import LossAwareSampler, ScheduleSampler, UniformSampler
 from improved_diffusion.seeds import derive_seed
 from improved_diffusion.unet import UNetModel
@@ -36,10 +44,28 @@ MAX_LOGGED_CLASSES = 10
 # The reference's: its loss scale settles at 2^20 to 2^21 within a thousand steps.
 INITIAL_LOG_LOSS_SCALE = 20.0
 
+AUTO = "auto"
+# A share of the time spent waiting for data that is worth telling.
+NOTABLE_WAIT = 0.02
+COMPILE_MODES = (AUTO, "on", "off")
+
 # Set by tests of scripts that never end: training stops after a periodic checkpoint.
 STOP_VARIABLE = "DIFFUSION_TRAINING_TEST"
 # A folder for the checkpoints that is not the log's.
 CHECKPOINT_FOLDER_VARIABLE = "DIFFUSION_BLOB_LOGDIR"
+
+
+def parse_microbatch(value: int | str) -> int | str:
+    """A number above 0; ``"auto"``; or -1, the whole batch, for any other number.
+
+    :raises ValueError: anything else.
+    """
+    if value == AUTO:
+        return AUTO
+    try:
+        return max(int(value), 0) or -1
+    except ValueError:
+        raise ValueError(f"--microbatch {value}: give a number of images, or {AUTO}") from None
 
 
 def parse_ema_rates(text: str | float) -> list[float]:
@@ -89,7 +115,7 @@ class Preview:
 
 
 class LossMeter:
-    """Means of loss terms: over all, over each quartile of the timesteps, over each class.
+    """Means of finite loss terms: over all, over each quartile of the timesteps, each class.
 
     Sums stay on the device, so that adding to them does not wait for it.
 
@@ -118,7 +144,8 @@ class LossMeter:
             self._add("mse_class", y, terms["mse"], len(self.classes))
 
     def _add(self, name: str, group: torch.Tensor, values: torch.Tensor, groups: int) -> None:
-        pairs = torch.stack([values, torch.ones_like(values)], dim=1)
+        finite = values.isfinite()
+        pairs = torch.stack([torch.where(finite, values, 0), finite.to(values.dtype)], dim=1)
         sums = self._sums.setdefault(name, pairs.new_zeros(groups, 2))
         sums.index_add_(0, group, pairs)
 
@@ -133,8 +160,8 @@ class LossMeter:
             groups = [f"{name}_q{i}" for i in range(QUARTILES)]
             if name == "mse_class":
                 groups = [f"{name}_{own}" for own in self.classes]
-            else:
-                means[name] = sum(row[0] for row in rows) / sum(row[1] for row in rows)
+            elif total_count := sum(row[1] for row in rows):
+                means[name] = sum(row[0] for row in rows) / total_count
             if len(rows) == len(groups):
                 for group, (total, count) in zip(groups, rows):
                     if count:
@@ -186,22 +213,48 @@ def stop_on_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
+class Compiled:
+    """A network through ``torch.compile``, or as it is where the first call shows that to fail."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.model = model
+        # Each shape gets code of its own: a run has two, that of the last microbatch included.
+        self.call: Callable[..., torch.Tensor] = torch.compile(model, dynamic=False)
+        self.worked = False
+
+    def __call__(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
+        if self.worked:
+            return self.call(*args, **kwargs)
+        try:
+            output = self.call(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a missing compiler, an unsupported GPU, a bug in torch
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+            logger.log(f"torch.compile failed, going on without it: {reason}")
+            self.call = self.model
+            output = self.model(*args, **kwargs)
+        self.worked = True
+        return output
+
+
 class TrainLoop:
     """Train a model on batches, log, save, and continue where a checkpoint stopped.
 
     Files are written to ``logger.get_dir()``, see :mod:`improved_diffusion.checkpoint`.
 
-    :param data: batches of images [N, C, H, W] in [-1, 1] and a dict of further model arguments
-        (labels ``y``). A resumed run must be given the batches that follow the checkpoint.
-    :param microbatch: samples that go through the network at once; -1: the whole batch. The
-        gradient is the whole batch's in any case, because each microbatch counts by its share.
+    :param data: batches of images [N, C, H, W] in [-1, 1], or uint8 levels, and a dict of further
+        model arguments (labels ``y``, ``low_res``). A resumed run must be given the batches that
+        follow the checkpoint.
+    :param microbatch: samples that go through the network at once; -1: the whole batch;
+        ``"auto"``: as many as fit into the memory that is free, and half as many whenever they
+        turn out not to. The gradient is the whole batch's in any case, because each microbatch
+        counts by its share.
     :param ema_rate: rates of the moving averages, separated by commas.
     :param resume_checkpoint: a model file whose ``opt`` and ``ema`` files lie beside it; empty:
         start anew.
-    :param use_fp16: compute in float16 where torch's autocast finds it sound. Weights, optimizer
-        and averages stay float32; the loss is scaled, and a step whose gradient overflows is
-        skipped and halves the scale.
-    :param fp16_scale_growth: by how much log2 of the scale grows in every other step.
+    :param use_fp16: the reference's name for ``precision="fp16"``.
+    :param fp16_scale_growth: by how much log2 of the loss scale grows in a step.
     :param schedule_sampler: which timesteps to train on; ``None``: uniformly.
     :param lr_anneal_steps: lower the learning rate linearly to 0 at this step and stop there; 0:
         constant.
@@ -216,6 +269,12 @@ class TrainLoop:
     :param channels: names of the image's channels, whose squared errors are then logged as
         ``mse_<name>``.
     :param classes: names of the classes; up to ten are logged as ``mse_class_<name>``.
+    :param precision: in which the network computes, see
+        :func:`improved_diffusion.fp16_util.choose_precision`. Parameters, optimizer and averages
+        stay float32. With fp16 the loss is scaled, and a step whose gradient overflows halves the
+        scale. A step whose gradient is not finite changes nothing, in any precision.
+    :param compile: ``on``, ``off`` or ``auto`` (on a GPU): run the network through
+        ``torch.compile``; where that fails the network runs as it is.
     :raises ValueError: a setting or a checkpoint that does not fit, or a log folder that holds
         another run.
     """
@@ -227,7 +286,7 @@ class TrainLoop:
         diffusion: GaussianDiffusion,
         data: Batches,
         batch_size: int,
-        microbatch: int,
+        microbatch: int | str,
         lr: float,
         ema_rate: str | float,
         log_interval: int,
@@ -247,6 +306,8 @@ class TrainLoop:
         flags: dict[str, Any] | None = None,
         channels: Sequence[str] = (),
         classes: Sequence[str] = (),
+        precision: str = "auto",
+        compile: str = "auto",
     ) -> None:
         if fp16_scale_growth <= 0:
             raise ValueError(f"--fp16_scale_growth {fp16_scale_growth}: give a number above 0")
@@ -260,7 +321,9 @@ class TrainLoop:
         self.diffusion = diffusion
         self.data = data
         self.batch_size = batch_size
-        self.microbatch = microbatch if microbatch > 0 else batch_size
+        microbatch = parse_microbatch(microbatch)
+        self.fits_memory = microbatch == AUTO
+        self.microbatch = microbatch if microbatch not in (AUTO, -1) else batch_size
         self.lr = lr
         self.ema_rate = parse_ema_rates(ema_rate)
         self.log_interval = log_interval
@@ -278,22 +341,29 @@ class TrainLoop:
         self.named = {"channel_names": list(channels)} if channels else {}
 
         self.step = 0  # completed optimizer steps
+        self._first_step = 0  # of this process
         self.params = list(self.model.parameters())
         self.opt = AdamW(self.params, lr=lr, weight_decay=weight_decay, fused=True)
-        self.use_fp16 = use_fp16
+        self.dtype, remark = choose_precision("fp16" if use_fp16 else precision, self.device)
+        if remark:
+            logger.log(remark)
+        self.use_fp16 = self.dtype == torch.float16
+        self.precision = next(name for name, own in PRECISIONS.items() if own == self.dtype)
+        self.network = self._prepare_network(compile)
         self.scaler = torch.amp.GradScaler(
             self.device.type,
             init_scale=2**INITIAL_LOG_LOSS_SCALE,
             growth_factor=2**fp16_scale_growth,
             backoff_factor=0.5,
             growth_interval=1,
-            enabled=use_fp16,
+            enabled=self.use_fp16,
         )
         logged = classes if len(classes) <= MAX_LOGGED_CLASSES else ()
         self.meter = LossMeter(diffusion.num_timesteps, list(logged))
         self._grad_norms: list[torch.Tensor] = []
         if resume_checkpoint:
             self._resume(resume_checkpoint)
+            self._first_step = self.step
         else:
             dist_util.sync_params(self.params)
             self.ema_params = [[p.detach().clone() for p in self.params] for _ in self.ema_rate]
@@ -311,7 +381,8 @@ class TrainLoop:
         with stop_on_signals() as stop:
             while not self._is_finished() and not stop.signal:
                 try:
-                    batch, cond = next(self.data)
+                    with timer.waiting():
+                        batch, cond = next(self.data)
                 except StopIteration:
                     break
                 except ValueError:
@@ -348,8 +419,12 @@ class TrainLoop:
         torch.manual_seed(derive_seed(self.seed, "train", self.step))
         self.forward_backward(batch, cond)
         self.scaler.unscale_(self.opt)
-        self._grad_norms.append(_global_norm([p.grad for p in self.params]))
+        norm = _global_norm([p.grad for p in self.params])
+        self._grad_norms.append(norm)
         self._anneal_lr()
+        if not self.use_fp16:  # where the scaler does the same
+            # Read on the device by the fused optimizer, which then leaves everything as it is.
+            self.opt.found_inf = 1.0 - norm.isfinite().float()
         self.scaler.step(self.opt)
         self.scaler.update()
         for rate, averages in zip(self.ema_rate, self.ema_params):
@@ -365,14 +440,44 @@ class TrainLoop:
         """
         self.opt.zero_grad()
         n = len(batch)
-        batch = batch.to(self.device, non_blocking=True)
-        cond = {name: value.to(self.device, non_blocking=True) for name, value in cond.items()}
+        batch = to_unit_range(batch.to(self.device, non_blocking=True))
+        cond = {
+            name: to_unit_range(value.to(self.device, non_blocking=True))
+            for name, value in cond.items()
+        }
         # Drawn for the whole batch, so that its division does not change what is computed.
         t, weights = self.schedule_sampler.sample(n, self.device)
         noise = torch.randn_like(batch)
 
+        if self.fits_memory and self.step == self._first_step:
+            self._choose_microbatch(batch, cond)
+        terms: list[dict[str, torch.Tensor]] = []
+        while not terms:
+            try:
+                terms = self._accumulate(batch, cond, t, weights, noise)
+            except RuntimeError as error:
+                if not (self.fits_memory and self.microbatch > 1 and is_out_of_memory(error)):
+                    raise
+            if not terms:  # outside of the handler, which keeps the failed pass's tensors alive
+                self._shrink_microbatch(n)
+
+        whole = {name: torch.cat([part[name] for part in terms]) for name in terms[0]}
+        if isinstance(self.schedule_sampler, LossAwareSampler):
+            self.schedule_sampler.update_with_local_losses(t, whole["loss"])
+        weighted = {name: value * weights for name, value in whole.items()}
+        self.meter.add(t, weighted, cond.get("y"))
+
+    def _accumulate(
+        self,
+        batch: torch.Tensor,
+        cond: dict[str, torch.Tensor],
+        t: torch.Tensor,
+        weights: torch.Tensor,
+        noise: torch.Tensor,
+    ) -> list[dict[str, torch.Tensor]]:
+        """Add up the gradients of all microbatches; their loss terms."""
         terms = []
-        for start in range(0, n, self.microbatch):
+        for start in range(0, len(batch), self.microbatch):
             part = slice(start, start + self.microbatch)
             losses = self.diffusion.training_losses(
                 self._forward,
@@ -383,19 +488,58 @@ class TrainLoop:
                 **self.named,
             )
             # The sum over the microbatch by the size of the batch: its mean by its share.
-            self.scaler.scale((losses["loss"] * weights[part]).sum() / n).backward()
+            self.scaler.scale((losses["loss"] * weights[part]).sum() / len(batch)).backward()
             terms.append({name: value.detach() for name, value in losses.items()})
+        return terms
 
-        whole = {name: torch.cat([part[name] for part in terms]) for name in terms[0]}
-        if isinstance(self.schedule_sampler, LossAwareSampler):
-            self.schedule_sampler.update_with_local_losses(t, whole["loss"])
-        weighted = {name: value * weights for name, value in whole.items()}
-        self.meter.add(t, weighted, cond.get("y"))
+    def _choose_microbatch(self, batch: torch.Tensor, cond: dict[str, torch.Tensor]) -> None:
+        """Take as many images at once as the free memory holds by the network's cost."""
+        shapes = {name: tuple(value.shape[1:]) for name, value in cond.items()}
+        cost = training_cost(
+            self.model,
+            tuple(batch.shape[1:]),
+            dtype=self.dtype,
+            averages=len(self.ema_rate),
+            model_kwargs=shapes,
+        )
+        # The parameters and their averages are there already.
+        reserved = cost.state_bytes - 4 * cost.parameters * (1 + len(self.ema_rate))
+        free = free_memory(self.device)
+        self.microbatch = largest_microbatch(cost.image_bytes, reserved, free, len(batch))
+        logger.log(
+            f"microbatch {self.microbatch} of {len(batch)}: {free / 2**30:.1f} GiB are free, an "
+            f"image needs about {cost.image_bytes / 2**20:.0f} MiB and the optimizer "
+            f"{reserved / 2**30:.1f} GiB"
+        )
+
+    def _shrink_microbatch(self, batch_size: int) -> None:
+        self.opt.zero_grad()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        before = min(self.microbatch, batch_size)
+        self.microbatch = (before + 1) // 2
+        logger.log(f"microbatch {before} does not fit into memory: going on with {self.microbatch}")
+
+    def _prepare_network(self, compile: str) -> Callable[..., torch.Tensor]:
+        """The network as the steps call it: in the run's precision, compiled or not."""
+        if compile not in COMPILE_MODES:
+            raise ValueError(f"--compile {compile}: choose from {', '.join(COMPILE_MODES)}")
+        if isinstance(self.model, UNetModel):
+            self.model.compute_dtype = self.dtype
+        if compile == "off" or (compile == "auto" and self.device.type != "cuda"):
+            return self.model
+        if self.device.type == "cuda" and self.dtype != torch.float32:
+            # Compiled code keeps this layout through every layer; layers one by one do not.
+            self.model.to(memory_format=torch.channels_last)
+        return Compiled(self.model)
 
     def _forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-        """The network in the run's precision; its output is float32, as the losses need it."""
-        with torch.autocast(self.device.type, torch.float16, enabled=self.use_fp16):
-            return self.model(*args, **kwargs).float()
+        """The network's output, float32 as the losses need it."""
+        if isinstance(self.model, UNetModel):
+            return self.network(*args, **kwargs).float()
+        shorter = self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype, enabled=shorter):
+            return self.network(*args, **kwargs).float()
 
     def _anneal_lr(self) -> None:
         if self.lr_anneal_steps:
@@ -408,19 +552,20 @@ class TrainLoop:
         logger.logkv("step", self.step)
         logger.logkv("samples", self.step * self.batch_size)
         norms = torch.stack(self._grad_norms)
+        finite = norms.isfinite()
         if self.use_fp16:
-            finite = norms.isfinite()
-            skipped = len(norms) - int(finite.sum())
-            scale = math.log2(self.scaler.get_scale())
-            logger.logkv("lg_loss_scale", scale)
-            if skipped:
-                logger.log(
-                    f"skipped {skipped} of {len(norms)} steps, whose gradient overflowed float16; "
-                    f"the loss scale is now 2^{scale:.2f}"
-                )
-            norms = norms[finite]
-        if len(norms):
-            logger.logkv("grad_norm", norms.mean())
+            logger.logkv("lg_loss_scale", math.log2(self.scaler.get_scale()))
+        if not finite.all():
+            why = (
+                "overflowed float16, which lowers the loss scale"
+                if self.use_fp16
+                else "is not finite"
+            )
+            logger.log(
+                f"skipped {int((~finite).sum())} of {len(norms)} steps, whose gradient {why}"
+            )
+        if finite.any():
+            logger.logkv("grad_norm", norms[finite].mean())
         logger.logkvs(self.meter.read())
         self._grad_norms.clear()
         logger.dumpkvs()
@@ -466,7 +611,7 @@ class TrainLoop:
     ) -> OrderedDict[str, torch.Tensor]:
         state = self.model.state_dict()
         for (name, _), value in zip(self.model.named_parameters(), params):
-            state[name] = value.detach()
+            state[name] = value.detach().contiguous()
         return checkpoint.with_metadata(state, {**self.metadata, "step": self.step, **about})
 
     def _training_state(self) -> dict[str, Any]:
@@ -506,7 +651,9 @@ class TrainLoop:
                     f"{ema_path} does not belong to {path}: it is of step {own} of "
                     "another run; restore the files that were saved together"
                 )
-            self.ema_params.append([averages[name] for name in names])
+            self.ema_params.append(
+                [_laid_out_as(p, averages[name]) for name, p in zip(names, self.params)]
+            )
 
         opt_path = checkpoint.sibling(path, checkpoint.opt_name(self.step))
         state = checkpoint.load(opt_path, self.device)
@@ -565,7 +712,18 @@ def _per_parameter(
         state[i]["exp_avg"].shape != p.shape for i, p in enumerate(params)
     ):
         raise ValueError("an optimizer state of other parameters")
-    return state
+    return {
+        i: {
+            name: value if name == "step" else _laid_out_as(p, value)
+            for name, value in state[i].items()
+        }
+        for i, p in enumerate(params)
+    }
+
+
+def _laid_out_as(like: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """``values`` in the memory layout of ``like``, as the multi-tensor operations need them."""
+    return torch.empty_like(like, requires_grad=False).copy_(values)
 
 
 def _global_norm(tensors: list[torch.Tensor]) -> torch.Tensor:
@@ -581,16 +739,28 @@ def get_blob_logdir() -> str:
 
 
 class _StepTimer:
-    """Seconds per step since the last report."""
+    """Seconds per step since the last report, and how many of them went by waiting for data."""
 
     def __init__(self, step: int) -> None:
-        self.step, self.time = step, time.monotonic()
+        self.step, self.time, self.waited = step, time.monotonic(), 0.0
+        self._first = True
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        start = time.monotonic()
+        yield
+        if not self._first:  # the first batch waits for the loader to start
+            self.waited += time.monotonic() - start
+        self._first = False
 
     def report(self, step: int, last_step: int) -> str:
         now = time.monotonic()
         seconds = (now - self.time) / (step - self.step)
-        self.step, self.time = step, now
+        share = self.waited / (now - self.time)
+        self.step, self.time, self.waited = step, now, 0.0
         line = f"step {step}: {seconds:.3g} s per step"
+        if share >= NOTABLE_WAIT:
+            line += f" ({share:.0%} of it waiting for data)"
         if last_step:
             minutes = (last_step - step) * seconds / 60
             line += f", {minutes:.0f} min left" if minutes >= 1 else ", under 1 min left"

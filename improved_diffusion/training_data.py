@@ -11,7 +11,8 @@ from torch.utils.data import Dataset
 
 import brats_dataset
 from improved_diffusion import brats, image_datasets
-from improved_diffusion.batches import Batch
+from improved_diffusion.batches import Batch, endless_batches
+from improved_diffusion.packed import open_pack
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,24 @@ class TrainingData:
         start_batch: int = 0,
         num_workers: int = 1,
         low_res_size: int | None = None,
+        pack_dir: str = "",
     ) -> Iterator[Batch]:
-        """Endless shuffled batches; arguments as of :func:`brats_dataset.load_data`."""
+        """Endless shuffled batches; arguments as of :func:`brats_dataset.load_data`.
+
+        :param pack_dir: read the images from a pack there, see :mod:`improved_diffusion.packed`,
+            which is made if needed; batches then hold whole levels, uint8.
+        """
+        if pack_dir:
+            dataset = self.dataset(image_size, low_res_size)
+            if not 1 <= batch_size <= len(dataset):
+                raise ValueError(
+                    f"--batch_size {batch_size}: {self.data_dir} has {len(dataset)} images, so a "
+                    f"batch can hold 1 to {len(dataset)}"
+                )
+            pack = open_pack(dataset, self.files(dataset), pack_dir, num_workers)
+            return endless_batches(
+                pack, batch_size, seed=seed, start_batch=start_batch, num_workers=num_workers
+            )
         common = {
             "data_dir": self.data_dir,
             "batch_size": batch_size,
@@ -81,6 +98,13 @@ class TrainingData:
             low_res_size=low_res_size,
         )
 
+    def files(self, dataset: Dataset) -> list[str]:
+        """All files that :meth:`dataset`'s result reads, in its order."""
+        if not self.channels:
+            return list(dataset.local_images)
+        paths = [path for files in dataset.channel_paths for path in files]
+        return paths + list(dataset.mask_paths or [])
+
 
 def whole_levels(image: torch.Tensor) -> torch.Tensor:
     """Values in [-1, 1] to the nearest of the 256 levels there."""
@@ -107,7 +131,12 @@ def find_training_data(
     """
     if isinstance(channels, list):
         channels = ",".join(channels)
-    if not data_dir or not bf.isdir(data_dir) or _is_slice_folder(data_dir):
+    if data_dir and not bf.isdir(data_dir):
+        raise ValueError(
+            f"there is no folder {data_dir}: name one of slices (scripts/brats_prepare.py makes "
+            "them) or of ordinary pictures with --data_dir"
+        )
+    if not data_dir or _is_slice_folder(data_dir):
         names = brats_dataset.resolve_channels(channels, in_channels)
         classes = list(brats_dataset.CLASSES) if class_cond else []
         return TrainingData(data_dir, names, len(names), classes, split)

@@ -14,6 +14,8 @@ from torch.utils.data import default_collate
 
 from improved_diffusion import __version__, checkpoint, dist_util, logger
 from improved_diffusion.architecture import NO_PRESET, preset_flags
+from improved_diffusion.cost import free_memory, largest_microbatch, training_cost
+from improved_diffusion.fp16_util import PRECISIONS, allow_tf32, choose_precision
 from improved_diffusion.resample import NAMES, create_named_schedule_sampler
 from improved_diffusion.respace import SpacedDiffusion, respaced
 from improved_diffusion.script_util import (
@@ -26,8 +28,15 @@ from improved_diffusion.script_util import (
     sr_create_model_and_diffusion,
 )
 from improved_diffusion.seeds import derive_seed
-from improved_diffusion.train_util import Preview, TrainLoop, parse_ema_rates
+from improved_diffusion.train_util import (
+    AUTO,
+    Preview,
+    TrainLoop,
+    parse_ema_rates,
+    parse_microbatch,
+)
 from improved_diffusion.training_data import TrainingData, find_training_data
+from improved_diffusion.unet import UNetModel
 
 # Flag: default and explanation.
 TRAINING_FLAGS: dict[str, tuple[Any, str]] = {
@@ -52,20 +61,40 @@ TRAINING_FLAGS: dict[str, tuple[Any, str]] = {
     "lr_anneal_steps": (0, "lower the learning rate linearly to 0 at this step, and stop; 0: off"),
     "max_steps": (0, "stop after so many optimizer steps in total; 0: train until stopped"),
     "batch_size": (1, "images per optimizer step"),
-    "microbatch": (-1, "images that go through the network at once; -1: the whole batch"),
+    "microbatch": (
+        "-1",
+        "images that go through the network at once; -1: the whole batch; auto: as many as fit "
+        "into the free memory",
+    ),
     "ema_rate": ("0.9999", "rates of the averaged models, separated by commas"),
     "ema_warmup": (True, "let the averages forget the untrained weights in the first steps"),
-    "use_fp16": (False, "compute in float16 where it is sound; weights stay float32"),
+    "precision": (
+        "auto",
+        "type in which the network computes: fp32, bf16 or fp16, or auto: bf16 on GPUs that have "
+        "it, else fp32; weights stay float32",
+    ),
+    "use_fp16": (False, "the same as --precision fp16"),
     "fp16_scale_growth": (1e-3, "growth of log2 of the float16 loss scale in a step"),
+    "compile": ("auto", "run the network through torch.compile: on, off, or auto: on a GPU"),
+    "tf32": (
+        True,
+        "let float32 matrix products and convolutions on a GPU round their inputs to 10 bits",
+    ),
     "log_interval": (10, "steps between rows of progress.csv"),
     "save_interval": (10_000, "steps between checkpoints"),
     "sample_interval": (10_000, "steps between preview pictures; 0: none"),
     "sample_respacing": ("100", "timesteps of the previews' sampling, as --timestep_respacing"),
     "seed": (0, "seed of weights, data order, timesteps and noise"),
     "num_workers": (1, "processes that decode images; 0: none beside the training"),
+    "pack_dir": (
+        "",
+        "read the images from a memory-mapped file in this folder, made at the first start, "
+        "instead of decoding them over and over",
+    ),
+    "dry_run": (False, "print what these flags cost in operations and memory, and stop"),
 }
 # A continued run takes these from its own command line, all others from the checkpoint.
-NOT_CONTINUED = ("out_dir", "resume_checkpoint", "num_workers")
+NOT_CONTINUED = ("out_dir", "resume_checkpoint", "num_workers", "pack_dir", "dry_run")
 
 
 def train(description: str, *, super_res: bool = False) -> None:
@@ -99,6 +128,9 @@ def train(description: str, *, super_res: bool = False) -> None:
         args.num_classes = len(data.classes)
     _check_numbers(args)
     _check_classes(args, data, loaded, resume)
+    dtype, _ = choose_precision(args.precision, dist_util.dev())
+    allow_tf32(args.tf32)
+    microbatch = parse_microbatch(args.microbatch)
     batches = data.batches(
         args.batch_size,
         size,
@@ -106,6 +138,7 @@ def train(description: str, *, super_res: bool = False) -> None:
         start_batch=step,
         num_workers=args.num_workers,
         low_res_size=low_res_size,
+        pack_dir="" if args.dry_run else args.pack_dir,
     )
     model_flags = model_flags_of(vars(args))
     if loaded:
@@ -117,6 +150,9 @@ def train(description: str, *, super_res: bool = False) -> None:
     schedule_sampler = create_named_schedule_sampler(args.schedule_sampler, diffusion)
     parse_ema_rates(args.ema_rate)
     preview = _preview(args, diffusion, data, size, low_res_size)
+    if args.dry_run:
+        _print_cost(args, model, data, size, low_res_size, dtype)
+        return
 
     logger.configure(args.out_dir)
     loop = TrainLoop(
@@ -124,13 +160,12 @@ def train(description: str, *, super_res: bool = False) -> None:
         diffusion=diffusion,
         data=batches,
         batch_size=args.batch_size,
-        microbatch=args.microbatch,
+        microbatch=microbatch,
         lr=args.lr,
         ema_rate=args.ema_rate,
         log_interval=args.log_interval,
         save_interval=args.save_interval,
         resume_checkpoint=resume,
-        use_fp16=args.use_fp16,
         fp16_scale_growth=args.fp16_scale_growth,
         schedule_sampler=schedule_sampler,
         weight_decay=args.weight_decay,
@@ -149,13 +184,15 @@ def train(description: str, *, super_res: bool = False) -> None:
         flags=vars(args),
         channels=data.channels,
         classes=data.classes,
+        precision=args.precision,
+        compile=args.compile,
     )
     parameters = sum(p.numel() for p in model.parameters())
     what = f"channels {', '.join(data.channels)}" if data.channels else "ordinary pictures"
     if data.classes:
         what += f", {len(data.classes)} classes"
     logger.log(
-        f"{parameters:,} parameters on {dist_util.dev()}, {what}, "
+        f"{parameters:,} parameters on {dist_util.dev()} in {loop.precision}, {what}, "
         f"{diffusion.num_timesteps} timesteps"
     )
     if loop.run_loop():
@@ -230,8 +267,46 @@ def _preview(
     return preview
 
 
+def _print_cost(
+    args: argparse.Namespace,
+    model: UNetModel,
+    data: TrainingData,
+    size: int,
+    low_res_size: int | None,
+    dtype: torch.dtype,
+) -> None:
+    shapes: dict[str, tuple[int, ...]] = {"y": ()} if data.classes else {}
+    if low_res_size is not None:
+        shapes["low_res"] = (data.in_channels, low_res_size, low_res_size)
+    model.compute_dtype = dtype
+    averages = len(parse_ema_rates(args.ema_rate))
+    cost = training_cost(
+        model, (data.in_channels, size, size), dtype=dtype, averages=averages, model_kwargs=shapes
+    )
+    microbatch = parse_microbatch(args.microbatch)
+    if microbatch == AUTO:
+        free = free_memory(dist_util.dev())
+        microbatch = largest_microbatch(cost.image_bytes, cost.state_bytes, free, args.batch_size)
+    images = args.batch_size if microbatch == -1 else min(microbatch, args.batch_size)
+    memory = cost.state_bytes + images * cost.image_bytes
+    name = next(own for own, value in PRECISIONS.items() if value == dtype)
+    print(f"parameters            {cost.parameters:,}")
+    print(f"forward, one image    {cost.forward_flops / 1e9:.1f} GFLOP")
+    print(f"training, one image   {cost.training_flops / 1e9:.1f} GFLOP")
+    print(
+        f"a step of {args.batch_size:<11} {cost.training_flops * args.batch_size / 1e12:.2f} TFLOP"
+    )
+    print(f"weights and optimizer {cost.state_bytes / 2**20:.0f} MiB")
+    print(f"activations, an image {cost.image_bytes / 2**20:.0f} MiB in {name}")
+    print(f"memory                about {memory / 2**30:.1f} GiB with {images} images at once")
+
+
 def _check_numbers(args: argparse.Namespace) -> None:
     """Refuse numbers with which nothing can be trained."""
+    if args.use_fp16:
+        if args.precision not in (AUTO, "fp16"):
+            raise ValueError(f"--use_fp16 True contradicts --precision {args.precision}")
+        args.precision = "fp16"
     for flag in ("log_interval", "lr", "fp16_scale_growth"):
         if not vars(args)[flag] > 0:
             raise ValueError(f"--{flag} {vars(args)[flag]}: give a number above 0")

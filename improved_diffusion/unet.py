@@ -233,6 +233,8 @@ class UNetModel(nn.Module):
         self.model_channels = model_channels
         self.out_channels = out_channels
         self.num_classes = num_classes
+        # The type in which the blocks compute; None: their own parameters'.
+        self.compute_dtype: torch.dtype | None = None
 
         emb_channels = 4 * model_channels
         self.time_embed = nn.Sequential(
@@ -304,8 +306,8 @@ class UNetModel(nn.Module):
 
     @property
     def inner_dtype(self) -> torch.dtype:
-        """The type in which the blocks between the embedding and the output layer compute."""
-        return self.input_blocks[0][0].weight.dtype
+        """The type in which the blocks between the first and the last convolution compute."""
+        return self.compute_dtype or self.input_blocks[0][0].weight.dtype
 
     def convert_to_fp16(self) -> None:
         """Make the convolutions of all blocks float16."""
@@ -356,9 +358,12 @@ class UNetModel(nn.Module):
         if y is not None:
             emb = emb + self.label_emb(y)
 
-        h = x.to(self.inner_dtype)
-        down = []
-        for block in self.input_blocks:
+        # The first and the last convolution keep the parameters' type, float32 in training: at the
+        # least noise, eight bits of bfloat16 would round away much of what there is to predict.
+        first, *others = self.input_blocks
+        h = first(x.to(first[0].weight.dtype), emb).to(self.inner_dtype)
+        down = [h]
+        for block in others:
             h = block(h, emb)
             down.append(h)
         middle = h = self.middle_block(h, emb)
@@ -366,7 +371,13 @@ class UNetModel(nn.Module):
         for block, skip in zip(self.output_blocks, reversed(down)):
             h = block(torch.cat([h, skip], dim=1), emb)
             up.append(h)
-        return {"down": down, "middle": middle, "up": up, "out": self.out(h.to(x.dtype))}
+        norm, activation, last = self.out
+        return {
+            "down": down,
+            "middle": middle,
+            "up": up,
+            "out": last(activation(norm(h)).to(x.dtype)),
+        }
 
 
 class SuperResModel(UNetModel):

@@ -229,8 +229,6 @@ def test_bad_settings_are_refused_when_load_data_is_called(tmp_path):
         load_data(batch_size=9, image_size=8, data_dir=root)
     with pytest.raises(ValueError, match=r"--batch_size 5 on each of 2 processes.* 1 to 4"):
         load_data(batch_size=5, image_size=8, data_dir=root, world_size=2)
-    with pytest.raises(ValueError, match="no class labels"):
-        load_data(batch_size=2, image_size=8, data_dir=root, class_cond=True)
     with pytest.raises(ValueError, match="'Foo'"):
         load_data(batch_size=2, image_size=8, data_dir=root, brats_channels=["Foo"])
     with pytest.raises(ValueError, match="--seed -1"):
@@ -265,14 +263,22 @@ def test_item_is_scaled_to_plus_minus_one(tmp_path):
     assert len(dataset) == 1 and dataset.num_channel == 1
 
 
-def test_transform_and_return_class(tmp_path):
+def test_transform_is_called_with_the_slice(tmp_path):
     write_png(tmp_path / "T1CE" / "a.png", np.zeros((4, 4), dtype=np.uint8))
     paths = [[str(tmp_path / "T1CE" / "a.png")]]
     assert torch.equal(load_channels_from_dir(paths, torch.neg)[0][0], torch.ones(1, 4, 4))
-    with pytest.raises(ValueError, match="no class labels"):
-        load_channels_from_dir(paths, None, True)
+    _, cond = load_channels_from_dir(paths, torch.neg, low_res_size=2)[0]
+    assert torch.equal(cond["low_res"], -torch.ones(1, 2, 2))  # the stored slice's
     with pytest.raises(ValueError, match="no slices"):
         load_channels_from_dir([])
+
+
+def test_without_image_size_the_stored_size_is_kept(tmp_path):
+    plane = np.arange(24, dtype=np.uint8).reshape(4, 6)
+    write_png(tmp_path / "T1" / "a.png", plane)
+    item, _ = load_channels_from_dir([[str(tmp_path / "T1" / "a.png")]])[0]
+    assert item.shape == (1, 4, 6)
+    assert torch.equal(item[0], torch.tensor(plane / 127.5 - 1, dtype=torch.float32))
 
 
 def test_resize_averages_images_and_samples_masks(tmp_path):
@@ -311,6 +317,172 @@ def test_resize_to_a_larger_size_repeats_pixels(tmp_path):
     item, _ = load_channels_from_dir([[str(tmp_path / "T1" / "a.png")]], image_size=4)[0]
     levels = torch.round((item[0] + 1) * 127.5)
     assert levels[:, 0].tolist() == [0, 0, 120, 120] and levels[3].tolist() == [120, 120, 255, 255]
+
+
+# ---------------------------------------------------------------------------- labels and low_res
+
+
+def one_pixel(size, row, column, level):
+    mask = np.zeros((size, size), dtype=np.uint8)
+    mask[row, column] = level
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("level", "expected"),
+    [(0, 0), (1, 0), (25, 0), (26, 1), (51, 1), (77, 1), (102, 1), (204, 1), (255, 1)],
+)
+def test_label_says_whether_the_mask_shows_a_tumour(tmp_path, level, expected):
+    # Half-way between the codes 0 and 51 is 25.5.
+    write_png(tmp_path / "Seg" / "a.png", one_pixel(4, 3, 0, level))
+    write_png(tmp_path / "T1" / "a.png", np.full((4, 4), 255, dtype=np.uint8))
+    seg, t1 = str(tmp_path / "Seg" / "a.png"), str(tmp_path / "T1" / "a.png")
+    for dataset in (
+        load_channels_from_dir([[seg, t1]], None, True),
+        load_channels_from_dir([[t1, seg]], None, True),
+        load_channels_from_dir([[t1]], None, True, mask_paths=[seg]),
+    ):
+        item, cond = dataset[torch.tensor(0)]
+        assert cond == {"y": expected} and type(cond["y"]) is int
+        assert item.shape[0] == dataset.num_channel
+    # Without being asked there is none.
+    assert load_channels_from_dir([[seg, t1]])[0][1] == {}
+
+
+@pytest.mark.parametrize(
+    ("row", "column", "expected"), [(0, 0, 0), (1, 2, 0), (2, 1, 0), (1, 3, 1)]
+)
+def test_label_is_that_of_the_resized_mask(tmp_path, row, column, expected):
+    # From 4 to 2, nearest neighbour keeps rows and columns 1 and 3.
+    write_png(tmp_path / "Seg" / "a.png", one_pixel(4, row, column, 204))
+    write_png(tmp_path / "T1" / "a.png", np.zeros((4, 4), dtype=np.uint8))
+    seg, t1 = str(tmp_path / "Seg" / "a.png"), str(tmp_path / "T1" / "a.png")
+    for paths, mask_paths in (([seg, t1], None), ([t1], [seg])):
+        labels = [
+            load_channels_from_dir(
+                [paths], None, True, image_size=size, low_res_size=low, mask_paths=mask_paths
+            )[0][1]["y"]
+            for size, low in ((2, None), (2, 4), (4, None), (4, 2), (None, 2))
+        ]
+        assert labels == [expected, expected, 1, 1, 1]
+
+
+def test_a_faint_image_is_no_mask(tmp_path):
+    """The label comes from the channel that is named Seg, not from the first."""
+    write_png(tmp_path / "a.png", one_pixel(4, 1, 1, 204))
+    write_png(tmp_path / "b.png", np.zeros((4, 4), dtype=np.uint8))
+    paths = [[str(tmp_path / "a.png"), str(tmp_path / "b.png")]]
+    for channels, expected in ((["T1", "Seg"], 0), (["Seg", "T1"], 1)):
+        dataset = load_channels_from_dir(paths, None, True, channels=channels)
+        assert dataset[0][1] == {"y": expected}
+
+
+def test_label_without_a_mask_is_refused(tmp_path):
+    write_png(tmp_path / "T1CE" / "a.png", np.zeros((4, 4), dtype=np.uint8))
+    paths = [[str(tmp_path / "T1CE" / "a.png")]]
+    with pytest.raises(ValueError, match=r"return_class=True: .* T1CE hold no mask.* add Seg"):
+        load_channels_from_dir(paths, None, True)
+    write_slices(tmp_path / "slices", channels=["T1CE", "T2"])
+    for channels in (["T1CE"], ["T2", "T1CE"]):
+        with pytest.raises(ValueError, match=r"--class_cond True: .*slices has no folder Seg"):
+            load_data(
+                batch_size=2,
+                image_size=8,
+                data_dir=str(tmp_path / "slices"),
+                brats_channels=channels,
+                class_cond=True,
+            )
+    with pytest.raises(ValueError, match="there is no slice folder"):
+        load_data(
+            batch_size=2,
+            image_size=8,
+            data_dir=str(tmp_path / "none"),
+            brats_channels=["T1CE"],
+            class_cond=True,
+        )
+
+
+def test_low_res_averages_images_and_samples_masks(tmp_path):
+    image = np.array([[0, 1, 10, 20], [2, 4, 30, 41], [5, 5, 0, 0], [5, 6, 0, 255]], np.uint8)
+    write_png(tmp_path / "T1CE" / "a.png", image)
+    write_png(tmp_path / "Seg" / "a.png", np.array([[0, 51, 102, 204]] * 4, np.uint8))
+    paths = [[str(tmp_path / "Seg" / "a.png"), str(tmp_path / "T1CE" / "a.png")]]
+    means = torch.tensor([[1.75, 25.25], [5.25, 63.75]]).double()
+    # It is made of the stored slice, so the other size doesn't matter: means of 3 x 3 would differ.
+    for image_size in (None, 4, 3, 1):
+        item, cond = load_channels_from_dir(paths, image_size=image_size, low_res_size=2)[0]
+        assert set(cond) == {"low_res"}
+        assert item.shape == (2, image_size or 4, image_size or 4)
+        low_res = cond["low_res"]
+        assert low_res.shape == (2, 2, 2) and low_res.dtype == torch.float32
+        levels = (low_res.double() + 1) * 127.5
+        assert torch.allclose(levels[0], torch.tensor([[51.0, 204.0]] * 2).double(), atol=1e-4)
+        assert torch.allclose(levels[1], means, atol=1e-4)
+
+
+def write_labelled(root, channels):
+    """Slices 1 to 4; 2 and 3 show a tumour. A slice's number is 20 times in all its images."""
+    for number in (1, 2, 3, 4):
+        for channel in channels:
+            plane = np.full((8, 8), 20 * number, dtype=np.uint8)
+            if channel == "Seg":
+                plane = one_pixel(8, 1, 1, 102 if number in (2, 3) else 20)
+            stem = f"Subject_001_slice_{number}"
+            write_png(Path(root) / channel / brats.slice_name(stem, channel), plane)
+    return str(root)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(
+    ("channels", "names"),
+    [
+        (["T1CE", "Seg"], ["Seg", "T1CE"]),
+        (["T2", "FLAIR"], ["FLAIR", "T2"]),
+        (["T2"], ["T2"]),
+        (["FLAIR"], ["FLAIR"]),
+    ],
+)
+def test_batches_hold_labels_and_low_res(tmp_path, channels, names, num_workers):
+    data = load_data(
+        batch_size=4,
+        image_size=4,
+        data_dir=write_labelled(tmp_path, brats.CHANNELS),
+        brats_channels=channels,
+        class_cond=True,
+        seed=3,
+        low_res_size=2,
+        num_workers=num_workers,
+    )
+    order = np.random.default_rng((3, 0)).permutation(4) + 1
+    images, cond = next(data)
+    assert images.shape == (4, len(names), 4, 4)  # the mask is read, but not returned
+    last = torch.round((images[:, -1, 0, 0] + 1) * 127.5)
+    assert last.tolist() == (20 * order).tolist()
+    assert set(cond) == {"y", "low_res"}
+    assert cond["y"].shape == (4,) and cond["y"].dtype == torch.int64
+    # From 8 to 4, rows and columns 1, 3, 5 and 7 are kept.
+    assert cond["y"].tolist() == [int(number in (2, 3)) for number in order]
+    assert cond["low_res"].shape == (4, len(names), 2, 2)
+    assert cond["low_res"].dtype == torch.float32
+    low = torch.round((cond["low_res"][:, -1, 1, 1] + 1) * 127.5)
+    assert low.tolist() == (20 * order).tolist()
+
+
+def test_label_only_masks_are_checked_like_a_channel(tmp_path):
+    root = write_labelled(tmp_path, ["Seg", "T1CE"])
+    settings = {"batch_size": 2, "image_size": 8, "data_dir": root, "brats_channels": ["T1CE"]}
+    path = tmp_path / "Seg" / "Subject_001_slice_3_seg.png"
+    write_png(path, np.zeros((8, 8, 3), dtype=np.uint8))
+    load_data(**settings)  # without labels nobody looks
+    with pytest.raises(ValueError, match=r"slice_3_seg.png is a 8-bit RGB PNG"):
+        load_data(**settings, class_cond=True)
+    path.unlink()
+    with pytest.raises(ValueError, match=r"Seg has no file for the slice Subject_001_slice_3"):
+        load_data(**settings, class_cond=True)
+
+
+def test_classes_are_named_by_label():
+    assert brats_dataset.CLASSES == ["no-tumour", "tumour"]
 
 
 # ----------------------------------------------------------------------------------------- batches

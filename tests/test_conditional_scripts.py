@@ -361,4 +361,4 @@ def test_bad_likelihood_flags(trained, slices, script, tmp_path):
     refused(script("image_nll", *argv, "--seed", -1), "--seed -1")
     refused(script("image_nll", *argv, "--out_dir", slices), "already holds something")
     refused(script("image_nll", *argv, "--channels", "T1CE,Seg"), "trained on T1CE")
-    refused(script("image_nll", *argv[:-1], tmp_path / "none"), "no slice folder")
+    refused(script("image_nll", *argv[:-1], tmp_path / "none"), "there is no folder")

@@ -192,7 +192,7 @@ def test_flags_reach_the_builders():
 # A program as users of improved-diffusion have them, in its own words: it trains, samples and
 # evaluates an ordinary and a super-resolution model, calls torch.distributed itself, and cannot
 # import MPI.
-PROGRAM = '''
+PROGRAM = """
 import sys
 sys.modules["mpi4py"] = None
 
@@ -259,7 +259,7 @@ if kind == "image":
     torch.testing.assert_close(total, (bits["vb"].sum(1) + bits["prior_bpd"]).mean())
 dist.barrier()
 logger.log("complete")
-'''
+"""
 
 
 @pytest.mark.parametrize("kind", ["image", "super_res"])

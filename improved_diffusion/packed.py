@@ -1,0 +1,141 @@
+"""Decoded images in one memory-mapped file, for training that outruns PNG decoding.
+
+A pack is a folder::
+
+    images.npy     uint8 [N, C, H, W], in the order of the data set
+    y.npy          int64 [N], where there are classes
+    low_res.npy    uint8 [N, C, h, w], where there is a low resolution
+    pack.json      from which files it was made
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from improved_diffusion import cli
+from improved_diffusion.batches import ErrorsAsItems, ignore_signals
+
+RECORD = "pack.json"
+
+
+class PackedImages(Dataset):
+    """Items of a pack: uint8 [C, H, W] and a dict with ``y`` and ``low_res`` where there are any.
+
+    :func:`to_unit_range` brings levels to the [-1, 1] of other data sets.
+    """
+
+    def __init__(self, folder: str) -> None:
+        self.arrays = {
+            name: np.load(path, mmap_mode="r")
+            for name in ("images", "y", "low_res")
+            if (path := Path(folder) / f"{name}.npy").exists()
+        }
+
+    def __len__(self) -> int:
+        return len(self.arrays["images"])
+
+    def __getitem__(self, idx: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        item = {name: torch.from_numpy(np.array(own[idx])) for name, own in self.arrays.items()}
+        return item.pop("images"), item
+
+
+def to_unit_range(images: torch.Tensor) -> torch.Tensor:
+    """Levels, uint8, to float32 in [-1, 1] as the data sets scale them; others stay as they are."""
+    if images.dtype != torch.uint8:
+        return images
+    return (images.double() / 127.5 - 1).float()
+
+
+def open_pack(dataset: Dataset, paths: list[str], folder: str, num_workers: int) -> PackedImages:
+    """The pack of a data set in ``folder``, made there if it is not there yet.
+
+    :param dataset: items [C, H, W] in [-1, 1] on whole levels, with a dict of ``y`` and
+        ``low_res`` or of nothing.
+    :param paths: the files that the data set reads; a pack knows them by name, size and time.
+    :param num_workers: processes that decode.
+    :raises ValueError: ``folder`` holds another pack or something else, or a file is damaged.
+    """
+    target = Path(folder)
+    image, cond = dataset[0]
+    record = {
+        "files": _fingerprint(paths),
+        "count": len(paths),
+        "shape": list(image.shape),
+        "with": {name: list(np.shape(value)) for name, value in sorted(cond.items())},
+    }
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        try:
+            own = json.loads((target / RECORD).read_text())
+        except (OSError, ValueError):
+            raise ValueError(
+                f"--pack_dir {folder} holds something that is no pack of images; name an empty "
+                "or a new folder"
+            ) from None
+        if own != record:
+            raise ValueError(
+                f"--pack_dir {folder} was packed from other files, or for another size or other "
+                "channels; remove it, or name another folder"
+            )
+        return PackedImages(folder)
+
+    partial = target.with_name(f"{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    try:
+        _write(dataset, image, cond, partial, num_workers)
+        (partial / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if target.exists():
+        target.rmdir()
+    partial.rename(target)
+    return PackedImages(folder)
+
+
+def _write(
+    dataset: Dataset, image: Any, cond: dict[str, Any], folder: Path, num_workers: int
+) -> None:
+    count = len(dataset)
+    arrays = {
+        name: np.lib.format.open_memmap(
+            folder / f"{name}.npy",
+            mode="w+",
+            dtype=np.int64 if name == "y" else np.uint8,
+            shape=(count, *np.shape(value)),
+        )
+        for name, value in {"images": image, **cond}.items()
+    }
+    loader = DataLoader(
+        ErrorsAsItems(dataset),
+        batch_size=None,
+        num_workers=num_workers,
+        worker_init_fn=ignore_signals,
+        generator=torch.Generator(),
+    )
+    items = cli.progress(loader, total=count, desc="packing", unit="image")
+    for i, item in enumerate(items):
+        if isinstance(item, Exception):
+            raise item
+        for name, value in {"images": item[0], **item[1]}.items():
+            levels = value if name == "y" else ((np.asarray(value) + 1) * 127.5).round()
+            arrays[name][i] = levels
+    for array in arrays.values():
+        array.flush()
+
+
+def _fingerprint(paths: list[str]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        state = os.stat(path)
+        digest.update(f"{path}\0{state.st_size}\0{state.st_mtime_ns}\n".encode())
+    return digest.hexdigest()
