@@ -20,7 +20,7 @@ setup(
     packages=["improved_diffusion"],
     py_modules=["brats_dataset"],
     install_requires=[
-        "torch>=2.4",
+        "torch>=2.6",  # before, weights_only loading had a hole (CVE-2025-32434)
         "numpy>=1.26",
         "nibabel>=5.0",
         "pillow>=10.1",

@@ -44,6 +44,8 @@ LAUNCHER_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 def no_launcher(monkeypatch):
     for name in LAUNCHER_VARIABLES:
         monkeypatch.delenv(name, raising=False)
+    if dist.is_initialized():  # by a script that another test ran in this process
+        dist.destroy_process_group()
 
 
 def test_one_process_has_a_group_of_one():
