@@ -68,7 +68,7 @@ def open_pack(dataset: Dataset, paths: list[str], folder: str, num_workers: int)
     image, cond = dataset[0]
     record = {
         "files": _fingerprint(paths),
-        "count": len(paths),
+        "count": len(dataset),
         "shape": list(image.shape),
         "with": {name: list(np.shape(value)) for name, value in sorted(cond.items())},
     }

@@ -6,10 +6,20 @@ import pytest
 import torch
 from torch import nn
 
-from improved_diffusion import checkpoint, logger
+from improved_diffusion import checkpoint, logger, train_util
+from improved_diffusion.cost import training_cost
 from improved_diffusion.resample import LossSecondMomentResampler
-from improved_diffusion.script_util import create_gaussian_diffusion
-from improved_diffusion.train_util import LossMeter, TrainLoop, parse_ema_rates
+from improved_diffusion.script_util import (
+    create_gaussian_diffusion,
+    create_model_and_diffusion,
+    model_and_diffusion_defaults,
+)
+from improved_diffusion.train_util import (
+    LossMeter,
+    TrainLoop,
+    parse_ema_rates,
+    parse_microbatch,
+)
 
 STEPS = 20
 
@@ -250,6 +260,170 @@ def test_a_gradient_that_overflows_skips_the_step(tmp_path):
     (row,) = logger.read_progress(str(tmp_path / "progress.csv"))
     assert row["lg_loss_scale"] == pytest.approx(16.25)
     assert 0 < row["grad_norm"] < 1e3  # of the step that counted
+
+
+def unet_loop(folder, **changes):
+    logger.configure(str(folder), ["csv", "log"])
+    torch.manual_seed(0)
+    flags = {**model_and_diffusion_defaults(), "image_size": 16, "num_channels": 32}
+    flags.update(num_res_blocks=1, channel_mult="1,2", attention_resolutions="8", num_heads=2)
+    flags.update(in_channels=1, diffusion_steps=STEPS, use_checkpoint=changes.pop("check", False))
+    flags.update(dropout=changes.pop("dropout", 0.0))
+    model, diffusion = create_model_and_diffusion(**flags)
+    for p in model.parameters():  # zero layers would hide what lies before them
+        torch.nn.init.normal_(p, std=0.05)
+    settings = {"batch_size": 4, "microbatch": -1, "lr": 1e-3, "ema_rate": 0.9}
+    settings.update(log_interval=2, save_interval=0, resume_checkpoint="", precision="fp32")
+    data = ((torch.rand(4, 1, 16, 16) * 2 - 1, {}) for _ in iter(int, 1))
+    return TrainLoop(model=model, diffusion=diffusion, data=data, **{**settings, **changes})
+
+
+def batch_of_four():
+    return torch.rand(4, 1, 16, 16, generator=torch.Generator().manual_seed(2)) * 2 - 1
+
+
+@pytest.mark.parametrize(("precision", "bits"), [("bf16", 8), ("fp16", 11)])
+def test_gradients_in_a_shorter_type_differ_by_its_rounding(tmp_path, precision, bits):
+    exact = gradient(unet_loop(tmp_path / "a"), batch_of_four())
+    loop = unet_loop(tmp_path / "b", precision=precision)
+    if precision == "fp16":
+        loop.scaler.load_state_dict({**loop.scaler.state_dict(), "scale": 2.0**10})
+    short = gradient(loop, batch_of_four()) / loop.scaler.get_scale()
+    assert loop.precision == precision and short.dtype == torch.float32
+    error = ((short - exact).norm() / exact.norm()).item()
+    # Each rounding is half a unit of the last bit; a dozen layers' add up like noise.
+    assert 2.0 ** -(bits + 3) < error < 2.0 ** -(bits - 4), error
+
+
+def test_the_blocks_compute_in_the_shorter_type_and_the_ends_do_not(tmp_path):
+    loop = unet_loop(tmp_path, precision="bf16")
+    seen = {}
+
+    def note(name):
+        return lambda module, inputs, output: seen.update({name: (inputs[0].dtype, output.dtype)})
+
+    for name, module in loop.model.named_modules():
+        if isinstance(module, (nn.Conv1d, nn.Conv2d, nn.GroupNorm)):
+            module.register_forward_hook(note(name))
+    loop.run_step(batch_of_four(), {})
+    ends = {name: seen.pop(name) for name in ("input_blocks.0.0", "out.2")}
+    assert set(ends.values()) == {(torch.float32, torch.float32)}
+    assert set(seen.values()) == {(torch.bfloat16, torch.bfloat16)}
+    assert len(seen) > 20
+    assert {p.dtype for p in loop.model.parameters()} == {torch.float32}
+
+
+def test_checkpointing_recomputes_the_same_with_dropout(tmp_path):
+    """The random state of the first pass is that of the second."""
+    plain = gradient(unet_loop(tmp_path / "a", dropout=0.5), batch_of_four())
+    again = gradient(unet_loop(tmp_path / "b", dropout=0.5, check=True), batch_of_four())
+    torch.testing.assert_close(again, plain, rtol=1e-5, atol=1e-7)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(tmp_path):
+    loop = unet_loop(tmp_path)
+    loop.run_step(batch_of_four(), {})
+    before = [p.detach().clone() for p in loop.params]
+    moments = [s["exp_avg_sq"].clone() for s in loop.opt.state.values()]
+    bad = batch_of_four()
+    bad[0, 0, 0, 0] = math.nan
+    loop.run_step(bad, {})
+    assert all(torch.equal(p, old) for p, old in zip(loop.params, before))
+    assert all(
+        torch.equal(s["exp_avg_sq"], old) for s, old in zip(loop.opt.state.values(), moments)
+    )
+    assert all(torch.isfinite(average).all() for average in loop.ema_params[0])
+    loop.log_step()
+    assert loop.step == 2
+    (row,) = logger.read_progress(str(tmp_path / "progress.csv"))
+    assert all(math.isfinite(value) for value in row.values())
+    assert "skipped 1 of 2 steps, whose gradient is not finite" in (
+        (tmp_path / "log.txt").read_text()
+    )
+    loop.run_step(batch_of_four(), {})
+    assert any(not torch.equal(p, old) for p, old in zip(loop.params, before))
+
+
+@pytest.mark.parametrize("fits", [4, 3, 1])
+def test_microbatches_shrink_until_they_fit(tmp_path, fits):
+    """And the step comes out as if they had fitted at once."""
+    expected = gradient(unet_loop(tmp_path / "a"), batch_of_four())
+    loop = unet_loop(tmp_path / "b", microbatch="auto")
+    inner = loop.diffusion.training_losses
+
+    def limited(model, x, *args, **kwargs):
+        losses = inner(model, x, *args, **kwargs)
+        if len(x) > fits:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return losses
+
+    loop.diffusion.training_losses = limited
+    own = gradient(loop, batch_of_four())
+    assert loop.microbatch == {4: 4, 3: 2, 1: 1}[fits]
+    torch.testing.assert_close(own, expected, rtol=1e-4, atol=1e-7)
+    text = (tmp_path / "b" / "log.txt").read_text()
+    assert "microbatch 4 of 4: " in text and "an image needs about" in text
+    assert ("microbatch 4 does not fit into memory: going on with 2" in text) == (fits < 4)
+
+
+def test_memory_that_holds_not_even_one_image_ends_the_run(tmp_path):
+    loop = unet_loop(tmp_path, microbatch="auto")
+
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    loop.diffusion.training_losses = full
+    with pytest.raises(torch.OutOfMemoryError):
+        loop.run_step(batch_of_four(), {})
+
+
+def test_the_automatic_microbatch_follows_the_free_memory(tmp_path, monkeypatch):
+    loop = unet_loop(tmp_path, microbatch="auto", batch_size=4)
+    shape = (1, 16, 16)
+    cost = training_cost(loop.model, shape)
+    reserved = 3 * 4 * cost.parameters  # gradients and moments
+    free = int((reserved + 2.5 * cost.image_bytes) / 0.85)
+    monkeypatch.setattr(train_util, "free_memory", lambda device: free)
+    loop.run_step(batch_of_four(), {})
+    assert loop.microbatch == 2
+
+
+@pytest.mark.parametrize(("value", "expected"), [(7, 7), ("7", 7), (-1, -1), ("0", -1)])
+def test_microbatch_numbers(value, expected):
+    assert parse_microbatch(value) == expected
+
+
+def test_settings_that_are_unknown(tmp_path):
+    with pytest.raises(ValueError, match="--microbatch some: give a number of images, or auto"):
+        unet_loop(tmp_path, microbatch="some")
+    with pytest.raises(ValueError, match="--precision fp8: choose from auto, fp32, bf16, fp16"):
+        unet_loop(tmp_path, precision="fp8")
+    with pytest.raises(ValueError, match="--compile maybe: choose from auto, on, off"):
+        unet_loop(tmp_path, compile="maybe")
+
+
+def test_compiling_that_fails_is_said_and_done_without(tmp_path, monkeypatch):
+    def broken(model, **kwargs):
+        def call(*args, **kwargs):
+            raise RuntimeError("no compiler found\nlong explanation")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", broken)
+    loop = unet_loop(tmp_path, compile="on")
+    expected = gradient(unet_loop(tmp_path / "plain"), batch_of_four())
+    logger.configure(str(tmp_path), ["log"])
+    torch.testing.assert_close(gradient(loop, batch_of_four()), expected)
+    text = (tmp_path / "log.txt").read_text()
+    assert "torch.compile failed, going on without it: no compiler found\n" in text
+
+
+def test_whole_levels_are_scaled_on_the_device(tmp_path):
+    levels = torch.randint(256, (4, 1, 16, 16), dtype=torch.uint8)
+    scaled = (levels.double() / 127.5 - 1).float()
+    one = gradient(unet_loop(tmp_path / "a"), levels)
+    two = gradient(unet_loop(tmp_path / "b"), scaled)
+    assert torch.equal(one, two) and one.norm() > 0
 
 
 def test_the_loss_scale_is_continued(tmp_path):
