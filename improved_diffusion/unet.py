@@ -183,7 +183,7 @@ class AttentionBlock(nn.Module):
         q, k, v = qkv.unbind(dim=2)  # each [N, heads, T, C/heads]
         h = F.scaled_dot_product_attention(q, k, v)
         h = h.transpose(-1, -2).flatten(1, 2)  # [N, C, T]
-        return (flat + self.proj_out(h)).reshape(x.shape)
+        return x + self.proj_out(h).reshape(x.shape)  # in the input's memory layout
 
 
 class UNetModel(nn.Module):

@@ -5,14 +5,14 @@ import pytest
 import torch
 from conftest import relative_error
 
-from improved_diffusion.nn import timestep_embedding
+from improved_diffusion.nn import normalization, timestep_embedding
 from improved_diffusion.script_util import (
     create_model,
     create_model_and_diffusion,
     model_and_diffusion_defaults,
     sr_create_model_and_diffusion,
 )
-from improved_diffusion.unet import AttentionBlock, ResBlock, SuperResModel, UNetModel
+from improved_diffusion.unet import AttentionBlock, ResBlock, SuperResModel, UNetModel, Upsample
 
 SMALL = {
     "in_channels": 2,
@@ -232,3 +232,36 @@ def test_labels_are_demanded_and_refused():
         UNetModel(**SMALL)(x, t, y=torch.tensor([1]))
     with pytest.raises(ValueError, match="labels"):
         UNetModel(**SMALL, num_classes=3)(x, t)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_normalisation_in_bfloat16_is_that_of_float32_rounded(layout):
+    """Forward and backward, in either memory layout."""
+    generator = torch.Generator().manual_seed(0)
+    norm = normalization(64)
+    torch.nn.init.normal_(norm.weight, generator=generator)
+    torch.nn.init.normal_(norm.bias, generator=generator)
+    x = torch.randn(2, 64, 8, 8, generator=generator).contiguous(memory_format=layout)
+    dy = torch.randn(2, 64, 8, 8, generator=generator).contiguous(memory_format=layout)
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        own = x.detach().to(dtype, copy=True).requires_grad_()
+        norm.zero_grad()
+        y = norm(own)
+        assert y.dtype == dtype and y.stride() == x.stride()
+        y.backward(dy.to(dtype))
+        results.append([y, own.grad, norm.weight.grad.clone(), norm.bias.grad.clone()])
+    for exact, short in zip(*results):
+        error = (short.float() - exact).norm() / exact.norm()
+        assert 0 < error < 2**-8
+
+
+def test_upsampling_repeats_in_either_layout():
+    x = torch.arange(2 * 3 * 2 * 2.0).reshape(2, 3, 2, 2)
+    expected = x.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        own = x.clone(memory_format=layout).requires_grad_()
+        y = Upsample(3, use_conv=False)(own)
+        assert torch.equal(y, expected)
+        y.sum().backward()
+        assert torch.equal(own.grad, torch.full_like(x, 4.0))
