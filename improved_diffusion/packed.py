@@ -13,7 +13,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import queue
 import shutil
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +25,15 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from improved_diffusion import cli
-from improved_diffusion.batches import ErrorsAsItems, ignore_signals
+from improved_diffusion.batches import Batch, EpochBatches, ErrorsAsItems, ignore_signals
 
 RECORD = "pack.json"
 
 
-class PackedImages(Dataset):
-    """Items of a pack: uint8 [C, H, W] and a dict with ``y`` and ``low_res`` where there are any.
+class PackedImages:
+    """The images of a pack, by number.
 
-    :func:`to_unit_range` brings levels to the [-1, 1] of other data sets.
+    :func:`to_unit_range` brings their levels to the [-1, 1] of other data sets.
     """
 
     def __init__(self, folder: str) -> None:
@@ -43,9 +46,34 @@ class PackedImages(Dataset):
     def __len__(self) -> int:
         return len(self.arrays["images"])
 
-    def __getitem__(self, idx: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        item = {name: torch.from_numpy(np.array(own[idx])) for name, own in self.arrays.items()}
-        return item.pop("images"), item
+    def __getitem__(self, numbers: list[int]) -> Batch:
+        """Images of these numbers: uint8 [N, C, H, W] and a dict of ``y`` and ``low_res``."""
+        batch = {name: torch.from_numpy(own[numbers]) for name, own in self.arrays.items()}
+        if torch.cuda.is_available():
+            batch = {name: value.pin_memory() for name, value in batch.items()}
+        return batch.pop("images"), batch
+
+    def batches(self, batch_size: int, *, seed: int, start_batch: int = 0) -> Iterator[Batch]:
+        """Endless shuffled batches in the order of :func:`~.batches.endless_batches`.
+
+        A thread fetches the next two while the last one is used.
+        """
+        numbers = EpochBatches(len(self), batch_size, seed, start_batch, 0, 1, shuffle=True)
+        ready: queue.Queue[Batch | Exception] = queue.Queue(2)
+
+        def fill() -> None:
+            try:
+                for own in numbers:
+                    ready.put(self[own])
+            except Exception as error:  # to be raised where it is seen
+                ready.put(error)
+
+        threading.Thread(target=fill, daemon=True).start()
+        while True:
+            batch = ready.get()
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
 
 
 def to_unit_range(images: torch.Tensor) -> torch.Tensor:

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 import brats_dataset
 from improved_diffusion import brats, image_datasets
-from improved_diffusion.batches import Batch, endless_batches
+from improved_diffusion.batches import Batch
 from improved_diffusion.packed import open_pack
 
 
@@ -55,9 +55,7 @@ class TrainingData:
                     f"batch can hold 1 to {len(dataset)}"
                 )
             pack = open_pack(dataset, self.files(dataset), pack_dir, num_workers)
-            return endless_batches(
-                pack, batch_size, seed=seed, start_batch=start_batch, num_workers=num_workers
-            )
+            return pack.batches(batch_size, seed=seed, start_batch=start_batch)
         common = {
             "data_dir": self.data_dir,
             "batch_size": batch_size,

@@ -43,15 +43,15 @@ def test_a_pack_holds_the_files_levels(tmp_path, workers):
     slices = write_slices(tmp_path / "slices")
     packed = pack(data_of(slices, class_cond=True), tmp_path / "pack", low_res=8, workers=workers)
     assert len(packed) == 5
-    for i in range(5):
-        image, cond = packed[i]
-        assert image.dtype == torch.uint8 and image.shape == (2, 16, 16)
+    images, conds = packed[[4, 0, 2, 1, 3]]
+    assert images.dtype == torch.uint8 and images.shape == (5, 2, 16, 16)
+    for image, y, low_res, i in zip(images, conds["y"], conds["low_res"], (4, 0, 2, 1, 3)):
         for channel, plane in zip(("Seg", "T1CE"), image):
             file = slices / channel / f"Subject_001_slice_{i}.png"
             np.testing.assert_array_equal(plane.numpy(), np.asarray(Image.open(file)))
-        assert cond["y"].item() == 1
+        assert y.item() == 1
         means = image[1].double().reshape(8, 2, 8, 2).mean(dim=(1, 3))
-        assert (cond["low_res"][1] - means).abs().max() <= 0.5
+        assert (low_res[1] - means).abs().max() <= 0.5
     assert sorted(os.listdir(tmp_path / "pack")) == [
         *("images.npy", "low_res.npy", "pack.json", "y.npy")
     ]
