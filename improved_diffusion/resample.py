@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -64,10 +64,10 @@ class LossAwareSampler(ScheduleSampler):
     """A sampler that learns from the losses it is shown."""
 
     def update_with_local_losses(self, local_ts: torch.Tensor, local_losses: torch.Tensor) -> None:
-        """Take in the losses [N] at timesteps [N] of this process."""
+        """Take in the losses [N] at timesteps [N] of this process, oldest first."""
         self.update_with_all_losses(local_ts.tolist(), local_losses.tolist())
 
-    def update_with_all_losses(self, ts: Iterable[int], losses: Iterable[float]) -> None:
+    def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:
         """Take in losses and their timesteps, oldest first."""
         raise NotImplementedError
 
@@ -76,6 +76,8 @@ class LossSecondMomentResampler(LossAwareSampler):
     """Draw a timestep in proportion to the root mean square of its last losses.
 
     Nichol & Dhariwal 2021, Eq. 18. Uniform until every timestep has ``history_per_term`` losses.
+    The losses are kept and drawn from on the device on which they come, so that training never
+    waits for them.
 
     :param history_per_term: how many losses are kept for each timestep.
     :param uniform_prob: share of the draws that stay uniform.
@@ -90,39 +92,75 @@ class LossSecondMomentResampler(LossAwareSampler):
         self.diffusion = diffusion
         self.history_per_term = history_per_term
         self.uniform_prob = uniform_prob
+        steps = diffusion.num_timesteps
         # The newest loss of each timestep stands last.
-        self._history = np.zeros((diffusion.num_timesteps, history_per_term))
-        self._counts = np.zeros(diffusion.num_timesteps, dtype=np.int64)
+        self._history = torch.zeros(steps, history_per_term, dtype=torch.float64)
+        self._counts = torch.zeros(steps, dtype=torch.int64)
 
     def weights(self) -> np.ndarray:
-        steps = self.diffusion.num_timesteps
-        if (self._counts < self.history_per_term).any():
-            return np.ones(steps)
-        root_mean_square = np.sqrt(np.square(self._history).mean(axis=1))
-        share = root_mean_square / root_mean_square.sum()
-        return (1.0 - self.uniform_prob) * share + self.uniform_prob / steps
+        return self._weights().cpu().numpy()
 
-    def update_with_all_losses(self, ts: Iterable[int], losses: Iterable[float]) -> None:
-        for t, loss in zip(ts, losses):
-            self._history[t] = np.append(self._history[t, 1:], loss)
-            self._counts[t] = min(self._counts[t] + 1, self.history_per_term)
+    def _weights(self) -> torch.Tensor:
+        """[T]; all 1 as long as a timestep lacks losses."""
+        steps = self.diffusion.num_timesteps
+        root_mean_square = self._history.square().mean(dim=1).sqrt()
+        share = root_mean_square / root_mean_square.sum()
+        weights = (1.0 - self.uniform_prob) * share + self.uniform_prob / steps
+        complete = (self._counts >= self.history_per_term).all()
+        return torch.where(complete, weights, torch.ones_like(weights))
+
+    def sample(
+        self, batch_size: int, device: torch.device | str
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._move(torch.device(device))
+        p = self._weights()
+        p = p / p.sum()
+        t = torch.multinomial(p, batch_size, replacement=True)
+        return t, (1.0 / (len(p) * p[t])).float()
+
+    def update_with_local_losses(self, local_ts: torch.Tensor, local_losses: torch.Tensor) -> None:
+        self._move(local_ts.device)
+        kept = self.history_per_term
+        steps, losses = local_ts.long(), local_losses.detach().double()
+        same = steps[:, None] == steps[None, :]
+        # How many losses of the same timestep come after each one.
+        later = same.triu(diagonal=1).sum(dim=1)
+        new = torch.zeros_like(self._counts).index_add_(0, steps, torch.ones_like(steps))
+
+        # Each row moves to the left by as many places as it gets new losses.
+        places = torch.arange(kept, device=steps.device) + new[:, None]
+        moved = self._history.gather(1, places.clamp(max=kept - 1))
+        # A loss that is pushed out by later ones of this batch goes to a column of its own.
+        padded = torch.cat([torch.zeros_like(moved[:, :1]), moved], dim=1)
+        padded[steps, (kept - later).clamp(min=0)] = losses
+        self._history = padded[:, 1:].contiguous()
+        self._counts = (self._counts + new).clamp(max=kept)
+
+    def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:
+        device = self._history.device
+        self.update_with_local_losses(
+            torch.as_tensor(list(ts), device=device),
+            torch.as_tensor(list(losses), dtype=torch.float64, device=device),
+        )
+
+    def _move(self, device: torch.device) -> None:
+        self._history = self._history.to(device)
+        self._counts = self._counts.to(device)
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps: the losses and how many there are of each timestep."""
-        return {
-            "history": torch.from_numpy(self._history.copy()),
-            "counts": torch.from_numpy(self._counts.copy()),
-        }
+        return {"history": self._history.clone(), "counts": self._counts.clone()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`'s result.
 
         :raises ValueError: if it belongs to another number of timesteps or losses.
         """
-        if tuple(state["history"].shape) != self._history.shape:
+        if state["history"].shape != self._history.shape:
             raise ValueError(
                 f"the checkpoint's history of losses has shape {tuple(state['history'].shape)}, "
-                f"this run's sampler {self._history.shape}: the number of diffusion steps differs"
+                f"this run's sampler {tuple(self._history.shape)}: the number of diffusion steps "
+                "differs"
             )
-        self._history = state["history"].numpy().copy()
-        self._counts = state["counts"].numpy().copy()
+        self._history = state["history"].clone()
+        self._counts = state["counts"].clone()

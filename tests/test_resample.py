@@ -31,6 +31,25 @@ def test_history_keeps_the_newest_losses():
     np.testing.assert_allclose(sampler.weights(), expected)
 
 
+def test_losses_of_a_batch_are_taken_one_by_one():
+    """As a list for each timestep would take them, with more of one than are kept."""
+    sampler = LossSecondMomentResampler(create_gaussian_diffusion(steps=6), history_per_term=3)
+    lists = [[] for _ in range(6)]
+    rng = np.random.default_rng(0)
+    for size in (1, 4, 16, 16, 7, 30):
+        steps, losses = rng.integers(0, 6, size), rng.random(size)
+        sampler.update_with_local_losses(torch.from_numpy(steps), torch.from_numpy(losses))
+        for step, loss in zip(steps, losses):
+            lists[step] = [*lists[step], loss][-3:]
+        state = sampler.state_dict()
+        assert state["counts"].tolist() == [len(own) for own in lists]
+        for own, kept in zip(lists, state["history"].tolist()):
+            assert kept == [0.0] * (3 - len(own)) + own
+    moments = [np.sqrt(np.square(own).mean()) for own in lists]
+    expected = 0.999 * np.array(moments) / sum(moments) + 0.001 / 6
+    np.testing.assert_allclose(sampler.weights(), expected)
+
+
 def test_state_continues_and_another_process_is_refused():
     sampler = LossSecondMomentResampler(create_gaussian_diffusion(steps=3), history_per_term=2)
     sampler.update_with_all_losses([0, 0, 1, 1, 2, 2], [1, 2, 3, 4, 5, 6])
