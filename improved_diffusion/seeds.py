@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import numpy as np
 
 
@@ -22,5 +24,9 @@ def derive_seed(seed: int, purpose: str, index: int) -> int:
     :raises ValueError: if ``seed`` is negative.
     """
     check_seed(seed)
-    start = np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1)[0]
-    return (int(start) + index) % 2**32
+    return (_start(seed, purpose) + index) % 2**32
+
+
+@functools.lru_cache(maxsize=64)
+def _start(seed: int, purpose: str) -> int:
+    return int(np.random.SeedSequence([seed, *purpose.encode()]).generate_state(1)[0])
