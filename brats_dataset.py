@@ -259,16 +259,12 @@ def open_slices(
                 f"--class_cond True: {root} has no folder {brats.MASK_CHANNEL}, whose masks tell"
                 " which slices show a tumour; leave --class_cond out, or prepare the masks too."
             )
-        paths = get_BRATS_paths([*channels, brats.MASK_CHANNEL], data_dir, split)
-    else:
-        paths = get_BRATS_paths(channels, data_dir, split)
+    read = brats.parse_channels(",".join([*channels, *[brats.MASK_CHANNEL] * label_only]))
+    paths = get_BRATS_paths(read, data_dir, split)
     _check_headers([path for files in paths for path in files])
     mask_paths = None
     if label_only:
-        at = brats.parse_channels(",".join([*channels, brats.MASK_CHANNEL])).index(
-            brats.MASK_CHANNEL
-        )
-        mask_paths = [files.pop(at) for files in paths]
+        mask_paths = [files.pop(read.index(brats.MASK_CHANNEL)) for files in paths]
     return load_channels_from_dir(
         paths,
         return_class=class_cond,

@@ -42,6 +42,11 @@ def choose_precision(name: str, device: torch.device) -> tuple[torch.dtype, str]
     return PRECISIONS[name], ""
 
 
+def precision_name(dtype: torch.dtype) -> str:
+    """The name in :data:`PRECISIONS` of a type."""
+    return next(name for name, own in PRECISIONS.items() if own == dtype)
+
+
 def allow_tf32(allowed: bool) -> None:
     """Whether float32 products on GPUs from Ampere on may round their inputs to 10 bits (TF32).
 

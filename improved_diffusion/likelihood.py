@@ -19,10 +19,15 @@ import blobfile as bf
 import numpy as np
 from torch.utils.data import DataLoader, Subset
 
-from improved_diffusion import __version__, checkpoint, dist_util
+from improved_diffusion import dist_util
 from improved_diffusion.files import atomic_write
 from improved_diffusion.sampling import SampleNoise
-from improved_diffusion.script_util import given_flags, load_model_and_diffusion, script_parser
+from improved_diffusion.script_util import (
+    given_flags,
+    load_model_and_diffusion,
+    provenance,
+    script_parser,
+)
 from improved_diffusion.seeds import check_seed
 from improved_diffusion.training_data import TrainingData, find_training_data
 
@@ -121,12 +126,7 @@ def evaluate(description: str) -> None:
         "images": count,
         "timesteps": loaded.diffusion.num_timesteps,
         "channels": data.channels,
-        "checkpoint": args.model_path,
-        "checkpoint_sha256": checkpoint.sha256(args.model_path),
-        "step": loaded.metadata.get("step"),
-        "flags": {**vars(args), **loaded.flags},
-        "device": str(dist_util.dev()),
-        "version": __version__,
+        **provenance(args, loaded),
     }
     _write(args.out_dir, "nll.json", (json.dumps(record, indent=1) + "\n").encode())
     print(f"{record['bits_per_dim']:.4f} bits per dimension, mean of {count} images")

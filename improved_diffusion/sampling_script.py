@@ -8,13 +8,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from improved_diffusion import __version__, brats, checkpoint, dist_util, figures
+from improved_diffusion import brats, dist_util, figures
 from improved_diffusion.samples import write_sample_folder
 from improved_diffusion.sampling import draw_batches
 from improved_diffusion.script_util import (
     Loaded,
     given_flags,
     load_model_and_diffusion,
+    provenance,
     script_parser,
 )
 
@@ -112,14 +113,7 @@ def sample(description: str, *, super_res: bool = False) -> None:
         progress=True,
         model_kwargs_of=model_kwargs,
     )
-    record = {
-        "checkpoint": args.model_path,
-        "checkpoint_sha256": checkpoint.sha256(args.model_path),
-        "step": loaded.metadata.get("step"),
-        "flags": {**vars(args), **loaded.flags},
-        "device": str(dist_util.dev()),
-        "version": __version__,
-    }
+    record = provenance(args, loaded)
     drawn = [label_of(i) for i in range(args.num_samples)] if loaded.classes else None
     write_sample_folder(
         args.sample_dir, loaded.channels, batches, record, labels=drawn, classes=loaded.classes

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from improved_diffusion import brats, checkpoint, schedules
+from improved_diffusion import __version__, brats, checkpoint, dist_util, schedules
 from improved_diffusion.architecture import (
     CHANNEL_MULT,
     NO_PRESET,
@@ -470,6 +470,21 @@ def load_model_and_diffusion(
     if flags["class_cond"] and not classes:
         classes = [str(number) for number in range(model.num_classes)]
     return Loaded(model, diffusion, flags, metadata, channels, classes)
+
+
+def provenance(args: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:
+    """What a result's JSON file tells about how it was made.
+
+    :param args: a script's flags, ``model_path`` among them; ``loaded`` is what that gave.
+    """
+    return {
+        "checkpoint": args.model_path,
+        "checkpoint_sha256": checkpoint.sha256(args.model_path),
+        "step": loaded.metadata.get("step"),
+        "flags": {**vars(args), **loaded.flags},
+        "device": str(dist_util.dev()),
+        "version": __version__,
+    }
 
 
 # Command lines

@@ -29,7 +29,7 @@ from improved_diffusion.cost import (
     largest_microbatch,
     training_cost,
 )
-from improved_diffusion.fp16_util import PRECISIONS, choose_precision
+from improved_diffusion.fp16_util import choose_precision, precision_name
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.nn import update_ema
 from improved_diffusion.packed import to_unit_range
@@ -353,7 +353,7 @@ class TrainLoop:
         if remark:
             logger.log(remark)
         self.use_fp16 = self.dtype == torch.float16
-        self.precision = next(name for name, own in PRECISIONS.items() if own == self.dtype)
+        self.precision = precision_name(self.dtype)
         self.network = self._prepare_network(compile)
         self.scaler = torch.amp.GradScaler(
             self.device.type,

@@ -15,7 +15,7 @@ from torch.utils.data import default_collate
 from improved_diffusion import __version__, checkpoint, dist_util, logger
 from improved_diffusion.architecture import NO_PRESET, preset_flags
 from improved_diffusion.cost import free_memory, largest_microbatch, training_cost
-from improved_diffusion.fp16_util import PRECISIONS, allow_tf32, choose_precision
+from improved_diffusion.fp16_util import allow_tf32, choose_precision, precision_name
 from improved_diffusion.resample import NAMES, create_named_schedule_sampler
 from improved_diffusion.respace import SpacedDiffusion, respaced
 from improved_diffusion.script_util import (
@@ -289,7 +289,6 @@ def _print_cost(
         microbatch = largest_microbatch(cost.image_bytes, cost.state_bytes, free, args.batch_size)
     images = args.batch_size if microbatch == -1 else min(microbatch, args.batch_size)
     memory = cost.state_bytes + images * cost.image_bytes
-    name = next(own for own, value in PRECISIONS.items() if value == dtype)
     print(f"parameters            {cost.parameters:,}")
     print(f"forward, one image    {cost.forward_flops / 1e9:.1f} GFLOP")
     print(f"training, one image   {cost.training_flops / 1e9:.1f} GFLOP")
@@ -297,7 +296,7 @@ def _print_cost(
         f"a step of {args.batch_size:<11} {cost.training_flops * args.batch_size / 1e12:.2f} TFLOP"
     )
     print(f"weights and optimizer {cost.state_bytes / 2**20:.0f} MiB")
-    print(f"activations, an image {cost.image_bytes / 2**20:.0f} MiB in {name}")
+    print(f"activations, an image {cost.image_bytes / 2**20:.0f} MiB in {precision_name(dtype)}")
     print(f"memory                about {memory / 2**30:.1f} GiB with {images} images at once")
 
 
