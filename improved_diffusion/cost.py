@@ -110,6 +110,20 @@ def training_cost(
     )
 
 
+def sampling_memory(
+    model: torch.nn.Module,
+    image_shape: tuple[int, int, int],
+    *,
+    model_kwargs: dict[str, tuple[int, ...]] | None = None,
+) -> int:
+    """Bytes of activations at their peak, for each image of a batch, without gradients.
+
+    Arguments as of :func:`training_cost`; the parameters come on top.
+    """
+    step = _StepOnMeta(model, image_shape, model_kwargs or {})
+    return (step.peak(batch=16, backward=False) - step.peak(batch=8, backward=False)) // 8
+
+
 class _StepOnMeta(torch.nn.Module):
     """A network's forward and backward pass on parameters and arguments that have shapes only."""
 
@@ -141,14 +155,14 @@ class _StepOnMeta(torch.nn.Module):
     def run(self, batch: int, backward: bool = True) -> None:
         # The whole step inside, because activation checkpointing uses the parameters again.
         parameters = {
-            name: torch.empty_like(p, device="meta", requires_grad=True)
+            name: torch.empty_like(p, device="meta", requires_grad=backward)
             for name, p in self.named_parameters()
         }
         functional_call(self, parameters, (batch, backward))
 
-    def peak(self, batch: int) -> int:
+    def peak(self, batch: int, backward: bool = True) -> int:
         with _PeakOfTensors() as tensors:
-            self.run(batch)
+            self.run(batch, backward)
         return tensors.peak
 
 

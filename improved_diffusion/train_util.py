@@ -5,14 +5,12 @@ Shapes: N samples of a batch, C channels, H height, W width.
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import math
 import os
 import signal
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -22,7 +20,7 @@ import blobfile as bf
 import torch
 from torch.optim import AdamW
 
-from improved_diffusion import checkpoint, dist_util, figures, logger, sampling
+from improved_diffusion import checkpoint, dist_util, execution, figures, logger, sampling
 from improved_diffusion.cost import (
     free_memory,
     is_out_of_memory,
@@ -47,12 +45,9 @@ MAX_LOGGED_CLASSES = 10
 INITIAL_LOG_LOSS_SCALE = 20.0
 
 AUTO = "auto"
-# Of the C library's mallopt.
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 
 # A share of the time spent waiting for data that is worth telling.
 NOTABLE_WAIT = 0.02
-COMPILE_MODES = (AUTO, "on", "off")
 
 # Set by tests of scripts that never end: training stops after a periodic checkpoint.
 STOP_VARIABLE = "DIFFUSION_TRAINING_TEST"
@@ -218,31 +213,6 @@ def stop_on_signals() -> Iterator[StopRequest]:
             signal.signal(number, handler)
 
 
-class Compiled:
-    """A network through ``torch.compile``, or as it is where the first call shows that to fail."""
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        self.model = model
-        # Each shape gets code of its own: a run has two, that of the last microbatch included.
-        self.call: Callable[..., torch.Tensor] = torch.compile(model, dynamic=False)
-        self.worked = False
-
-    def __call__(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
-        if self.worked:
-            return self.call(*args, **kwargs)
-        try:
-            output = self.call(*args, **kwargs)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # a missing compiler, an unsupported GPU, a bug in torch
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-            logger.log(f"torch.compile failed, going on without it: {reason}")
-            self.call = self.model
-            output = self.model(*args, **kwargs)
-        self.worked = True
-        return output
-
-
 class TrainLoop:
     """Train a model on batches, log, save, and continue where a checkpoint stopped.
 
@@ -354,7 +324,7 @@ class TrainLoop:
             logger.log(remark)
         self.use_fp16 = self.dtype == torch.float16
         self.precision = precision_name(self.dtype)
-        self.network = self._prepare_network(compile)
+        self.network = execution.for_training(model, self.dtype, compile, self.device)
         self.scaler = torch.amp.GradScaler(
             self.device.type,
             init_scale=2**INITIAL_LOG_LOSS_SCALE,
@@ -525,22 +495,6 @@ class TrainLoop:
         self.microbatch = (before + 1) // 2
         logger.log(f"microbatch {before} does not fit into memory: going on with {self.microbatch}")
 
-    def _prepare_network(self, compile: str) -> Callable[..., torch.Tensor]:
-        """The network as the steps call it: in the run's precision, compiled or not."""
-        if compile not in COMPILE_MODES:
-            raise ValueError(f"--compile {compile}: choose from {', '.join(COMPILE_MODES)}")
-        if isinstance(self.model, UNetModel):
-            self.model.compute_dtype = self.dtype
-            if self.device.type == "cpu":  # whose convolutions are fastest in this layout
-                self.model.to(memory_format=torch.channels_last)
-                _keep_freed_memory()
-        if compile == "off" or (compile == "auto" and self.device.type != "cuda"):
-            return self.model
-        if self.device.type == "cuda" and self.dtype != torch.float32:
-            # Compiled code keeps this layout through every layer; layers one by one do not.
-            self.model.to(memory_format=torch.channels_last)
-        return Compiled(self.model)
-
     def _forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         """The network's output, float32 as the losses need it."""
         if isinstance(self.model, UNetModel):
@@ -694,17 +648,6 @@ class TrainLoop:
         for name in checkpoint.supersede(get_blob_logdir(), self.step):
             logger.log(f"moved {name}, newer than step {self.step}, to {checkpoint.SUPERSEDED}/")
         logger.drop_rows_after(self.step)
-
-
-def _keep_freed_memory() -> None:
-    """Let the C library keep memory that was freed, instead of fetching it anew in every layer.
-
-    Large activations would else be mapped, and their pages cleared, each time.
-    """
-    with contextlib.suppress(AttributeError, OSError):  # glibc only
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _per_parameter(

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from improved_diffusion.fp16_util import convert_module_to_f16, convert_module_to_f32
 from improved_diffusion.nn import (
     NORM_GROUPS,
+    SiLUInPlace,
     avg_pool_nd,
     checkpoint,
     conv_nd,
@@ -116,7 +117,7 @@ class ResBlock(TimestepBlock):
 
         self.in_layers = nn.Sequential(
             normalization(channels),
-            nn.SiLU(),
+            SiLUInPlace(),
             conv_nd(dims, channels, out_channels, 3, padding=1),
         )
         self.emb_layers = nn.Sequential(
@@ -125,7 +126,7 @@ class ResBlock(TimestepBlock):
         )
         self.out_layers = nn.Sequential(
             normalization(out_channels),
-            nn.SiLU(),
+            SiLUInPlace(),
             nn.Dropout(dropout),
             zero_module(conv_nd(dims, out_channels, out_channels, 3, padding=1)),
         )
@@ -308,7 +309,7 @@ class UNetModel(nn.Module):
 
         self.out = nn.Sequential(
             normalization(channels),
-            nn.SiLU(),
+            SiLUInPlace(),
             zero_module(conv_nd(dims, channels, out_channels, 3, padding=1)),
         )
 
@@ -338,7 +339,19 @@ class UNetModel(nn.Module):
         :param y: class labels [N] of a class-conditional model, else ``None``.
         :return: [N, out_channels, H, W] in the type of ``x``.
         """
-        return self._run(x, timesteps, y)["out"]
+        h, emb = self._start(x, timesteps, y)
+        skips = [h]
+        _, *others = self.input_blocks
+        for block in others:
+            h = block(h, emb)
+            skips.append(h)
+        h = self.middle_block(h, emb)
+        for block in self.output_blocks:
+            # Nothing else holds what is popped, so that its memory is free for the block.
+            h = torch.cat([h, skips.pop()], dim=1)
+            h = block(h, emb)
+        norm, activation, last = self.out
+        return last(activation(norm(h)).to(x.dtype))
 
     def get_feature_vectors(
         self, x: torch.Tensor, timesteps: torch.Tensor, y: torch.Tensor | None = None
@@ -348,29 +361,9 @@ class UNetModel(nn.Module):
         :return: ``down`` (a list, one tensor for each input block), ``middle`` (a tensor) and
             ``up`` (a list, one tensor for each output block), in the type of ``x``.
         """
-        features = self._run(x, timesteps, y)
-        del features["out"]
-        return {
-            name: [h.to(x.dtype) for h in value] if isinstance(value, list) else value.to(x.dtype)
-            for name, value in features.items()
-        }
-
-    def _run(
-        self, x: torch.Tensor, timesteps: torch.Tensor, y: torch.Tensor | None
-    ) -> dict[str, torch.Tensor | list[torch.Tensor]]:
-        if (y is None) != (self.num_classes is None):
-            raise ValueError(
-                "a class-conditional model needs labels y, and any other model takes none"
-            )
-        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))
-        if y is not None:
-            emb = emb + self.label_emb(y)
-
-        # The first and the last convolution keep the parameters' type, float32 in training: at the
-        # least noise, eight bits of bfloat16 would round away much of what there is to predict.
-        first, *others = self.input_blocks
-        h = first(x.to(first[0].weight.dtype), emb).to(self.inner_dtype)
+        h, emb = self._start(x, timesteps, y)
         down = [h]
+        _, *others = self.input_blocks
         for block in others:
             h = block(h, emb)
             down.append(h)
@@ -379,13 +372,27 @@ class UNetModel(nn.Module):
         for block, skip in zip(self.output_blocks, reversed(down)):
             h = block(torch.cat([h, skip], dim=1), emb)
             up.append(h)
-        norm, activation, last = self.out
         return {
-            "down": down,
-            "middle": middle,
-            "up": up,
-            "out": last(activation(norm(h)).to(x.dtype)),
+            "down": [h.to(x.dtype) for h in down],
+            "middle": middle.to(x.dtype),
+            "up": [h.to(x.dtype) for h in up],
         }
+
+    def _start(
+        self, x: torch.Tensor, timesteps: torch.Tensor, y: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first convolution's output, and the embedding of timestep and class."""
+        if (y is None) != (self.num_classes is None):
+            raise ValueError(
+                "a class-conditional model needs labels y, and any other model takes none"
+            )
+        emb = self.time_embed(timestep_embedding(timesteps, self.model_channels))
+        if y is not None:
+            emb = emb + self.label_emb(y)
+        # The first and the last convolution keep the parameters' type, float32 in training: at the
+        # least noise, eight bits of bfloat16 would round away much of what there is to predict.
+        first = self.input_blocks[0]
+        return first(x.to(first[0].weight.dtype), emb).to(self.inner_dtype), emb
 
 
 class SuperResModel(UNetModel):

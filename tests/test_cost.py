@@ -4,7 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from improved_diffusion.cost import free_memory, is_out_of_memory, largest_microbatch, training_cost
+from improved_diffusion.cost import (
+    free_memory,
+    is_out_of_memory,
+    largest_microbatch,
+    sampling_memory,
+    training_cost,
+)
 from improved_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 
 PUBLISHED = {
@@ -46,6 +52,11 @@ def test_activations_by_hand():
     cost = training_cost(TwoConvolutions(), (2, 16, 16))
     # Input, the first layer's output, the gradients of both outputs, and the timestep.
     assert cost.image_bytes == 4 * (256 * (2 + 8 + 2 + 8) + 1)
+
+
+def test_memory_of_sampling_by_hand():
+    """Without gradients: input, the first layer's output, the second's, and the timestep."""
+    assert sampling_memory(TwoConvolutions(), (2, 16, 16)) == 4 * (256 * (2 + 8 + 2) + 1)
 
 
 @pytest.fixture(scope="module")
@@ -113,3 +124,12 @@ def test_memory_that_is_there():
 )
 def test_which_errors_are_about_memory(error, expected):
     assert is_out_of_memory(error) is expected
+
+
+def test_sampling_the_reports_network_keeps_nothing_it_does_not_need(published):
+    """At the peak, in a block of the last level: two skips and a convolution's output of 128
+    channels, the block's input and its normalised copy of 256; and what is as large as an image.
+    """
+    plane = 4 * 256 * 256
+    peak = sampling_memory(published, (2, 256, 256))
+    assert (2 * 128 + 128 + 2 * 256) * plane < peak < 1.15 * (2 * 128 + 128 + 2 * 256) * plane
