@@ -44,7 +44,7 @@ $(DEMO_MODEL): | $(DEMO)/slices
 
 $(DEMO)/samples: | $(DEMO_MODEL)
 	$(RUN) scripts/image_sample.py --model_path $(DEMO_MODEL) --sample_dir $@ \
-		--num_samples 16 --batch_size 16 --timestep_respacing 100
+		--num_samples 16 --batch_size 16
 
 $(DEMO)/grid.png: | $(DEMO)/samples
 	$(RUN) scripts/figures.py compare --real $(DEMO)/slices --samples $(DEMO)/samples --out $@ --num 12

@@ -47,7 +47,7 @@ class Side:
     """A worker process, see :mod:`benchmarks.workers`."""
 
     def __init__(self, name: str, settings: dict[str, Any]) -> None:
-        self.name = name
+        self.name = name.removesuffix("_sampling")
         path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.workers", name],

@@ -83,21 +83,81 @@ def ours(settings: dict[str, Any], device: torch.device) -> tuple[Step, dict[str
     return lambda: loop.run_step(*next(loop.data)), about
 
 
+def ours_sampling(settings: dict[str, Any], device: torch.device) -> tuple[Step, dict[str, Any]]:
+    """A batch drawn by this package."""
+    from improved_diffusion import execution, sampling, script_util, solvers
+    from improved_diffusion.fp16_util import allow_tf32, choose_precision, precision_name
+
+    allow_tf32(settings["tf32"])
+    model, diffusion = script_util.create_model_and_diffusion(
+        **{**script_util.model_and_diffusion_defaults(), **settings["model"]}
+    )
+    _load_or_save(model, settings["weights"])
+    dtype, _ = choose_precision(settings["precision"], device)
+    network = execution.for_sampling(model, dtype, settings["compile"], device, evaluations=10**6)
+    timesteps = solvers.choose_timesteps(diffusion, settings["sampling_steps"], "uniform")
+    indices = range(settings["batch_size"])
+    size = settings["model"]["image_size"]
+
+    def step() -> None:
+        sampling.draw(
+            network,
+            diffusion,
+            indices,
+            (settings["model"]["in_channels"], size, size),
+            seed=0,
+            device=device,
+            sampler=settings["sampler"],
+            timesteps=timesteps,
+        )
+
+    steps = settings["sampling_steps"]
+    about = {"parameters": _count(model), "precision": precision_name(dtype)}
+    return step, {**about, "evaluations": sampling.evaluations(settings["sampler"], steps)}
+
+
 def reference(settings: dict[str, Any], device: torch.device) -> tuple[Step, dict[str, Any]]:
     """The training step of a copy of openai/improved-diffusion, as it stands."""
+    model, diffusion = _reference_model(settings, device)
+    from improved_diffusion import logger
+    from improved_diffusion.train_util import TrainLoop
+
+    logger.configure(tempfile.mkdtemp(), [])
+    loop = TrainLoop(
+        model=model, diffusion=diffusion, data=_batches(settings), **_loop_settings(settings)
+    )
+    return lambda: loop.run_step(*next(loop.data)), {"parameters": _count(model)}
+
+
+def reference_sampling(
+    settings: dict[str, Any], device: torch.device
+) -> tuple[Step, dict[str, Any]]:
+    """A batch drawn by that copy, by ancestral steps."""
+    steps = settings["reference_steps"]
+    model, diffusion = _reference_model(settings, device, timestep_respacing=str(steps))
+    model.eval()
+    size = settings["model"]["image_size"]
+    shape = (settings["batch_size"], settings["model"]["in_channels"], size, size)
+    about = {"parameters": _count(model), "evaluations": steps}
+    return lambda: diffusion.p_sample_loop(model, shape), about
+
+
+def _reference_model(
+    settings: dict[str, Any], device: torch.device, **changed: str
+) -> tuple[torch.nn.Module, Any]:
+    """Its network, with the common weights, and its process."""
     sys.path.insert(0, settings["reference"])
     _without_mpi()
     import numpy as np
 
-    from improved_diffusion import dist_util, logger, script_util
-    from improved_diffusion.train_util import TrainLoop
+    from improved_diffusion import dist_util, script_util
 
     assert script_util.__file__.startswith(os.path.abspath(settings["reference"]))
     np.int = int  # which numpy has dropped and the reference still names
     dist_util.setup_dist()
-    logger.configure(tempfile.mkdtemp(), [])
     flags = {**script_util.model_and_diffusion_defaults()}
     flags.update({name: value for name, value in settings["model"].items() if name in flags})
+    flags.update(changed)
     # The reference builds networks of three channels only.
     channels, create = settings["model"]["in_channels"], script_util.UNetModel
 
@@ -112,39 +172,14 @@ def reference(settings: dict[str, Any], device: torch.device) -> tuple[Step, dic
     if not settings["reference_tf32"]:
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
-    loop = TrainLoop(
-        model=model, diffusion=diffusion, data=_batches(settings), **_loop_settings(settings)
-    )
-    return lambda: loop.run_step(*next(loop.data)), {"parameters": _count(model)}
+    return model, diffusion
 
 
 def diffusers(settings: dict[str, Any], device: torch.device) -> tuple[Step, dict[str, Any]]:
     """A step of diffusers' UNet2DModel of the same shape, with torch's AdamW and no average."""
-    from diffusers import DDPMScheduler, UNet2DModel
+    from diffusers import DDPMScheduler
 
-    from improved_diffusion.architecture import CHANNEL_MULT, parse_numbers
-
-    flags = settings["model"]
-    size, width = flags["image_size"], flags["num_channels"]
-    text = flags.get("channel_mult", "")
-    mult = parse_numbers("channel_mult", text, float) if text else CHANNEL_MULT[size]
-    attention = parse_numbers("attention_resolutions", str(flags["attention_resolutions"]), int)
-    has_attention = [size // 2**level in attention for level in range(len(mult))]
-    widths = tuple(int(own * width) for own in mult)
-    model = UNet2DModel(
-        sample_size=size,
-        in_channels=flags["in_channels"],
-        out_channels=flags["in_channels"] * (2 if flags["learn_sigma"] else 1),
-        layers_per_block=flags["num_res_blocks"],
-        block_out_channels=widths,
-        down_block_types=tuple(
-            "AttnDownBlock2D" if own else "DownBlock2D" for own in has_attention
-        ),
-        up_block_types=tuple(
-            "AttnUpBlock2D" if own else "UpBlock2D" for own in reversed(has_attention)
-        ),
-        attention_head_dim=None,  # one head
-    ).to(device)
+    flags, model = settings["model"], _diffusers_model(settings["model"], device)
     scheduler = DDPMScheduler(flags["diffusion_steps"])
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
     batches, size_of_part = _batches(settings), settings["microbatch"] or settings["batch_size"]
@@ -166,7 +201,67 @@ def diffusers(settings: dict[str, Any], device: torch.device) -> tuple[Step, dic
     return step, {"parameters": _count(model)}
 
 
-SIDES = {"ours": ours, "reference": reference, "diffusers": diffusers}
+def diffusers_sampling(
+    settings: dict[str, Any], device: torch.device
+) -> tuple[Step, dict[str, Any]]:
+    """A batch drawn by that network through diffusers' DPM-Solver++(2M), of a fixed variance."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    flags, steps = settings["model"], settings["sampling_steps"]
+    model = _diffusers_model({**flags, "learn_sigma": False}, device).eval()
+    scheduler = DPMSolverMultistepScheduler(flags["diffusion_steps"])
+    short = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(settings["precision"])
+    size = flags["image_size"]
+    shape = (settings["batch_size"], flags["in_channels"], size, size)
+
+    @torch.no_grad()
+    def step() -> None:
+        scheduler.set_timesteps(steps)
+        x = torch.randn(shape, device=device)
+        for t in scheduler.timesteps:
+            with torch.autocast(device.type, short, enabled=short is not None):
+                output = model(x, t).sample.float()
+            x = scheduler.step(output, t, x).prev_sample
+
+    return step, {"parameters": _count(model), "evaluations": steps}
+
+
+def _diffusers_model(flags: dict[str, Any], device: torch.device) -> torch.nn.Module:
+    """UNet2DModel of the flags' shape."""
+    from diffusers import UNet2DModel
+
+    from improved_diffusion.architecture import CHANNEL_MULT, parse_numbers
+
+    size, width = flags["image_size"], flags["num_channels"]
+    text = flags.get("channel_mult", "")
+    mult = parse_numbers("channel_mult", text, float) if text else CHANNEL_MULT[size]
+    attention = parse_numbers("attention_resolutions", str(flags["attention_resolutions"]), int)
+    has_attention = [size // 2**level in attention for level in range(len(mult))]
+    widths = tuple(int(own * width) for own in mult)
+    return UNet2DModel(
+        sample_size=size,
+        in_channels=flags["in_channels"],
+        out_channels=flags["in_channels"] * (2 if flags["learn_sigma"] else 1),
+        layers_per_block=flags["num_res_blocks"],
+        block_out_channels=widths,
+        down_block_types=tuple(
+            "AttnDownBlock2D" if own else "DownBlock2D" for own in has_attention
+        ),
+        up_block_types=tuple(
+            "AttnUpBlock2D" if own else "UpBlock2D" for own in reversed(has_attention)
+        ),
+        attention_head_dim=None,  # one head
+    ).to(device)
+
+
+SIDES = {
+    "ours": ours,
+    "reference": reference,
+    "diffusers": diffusers,
+    "ours_sampling": ours_sampling,
+    "reference_sampling": reference_sampling,
+    "diffusers_sampling": diffusers_sampling,
+}
 
 
 def _loop_settings(settings: dict[str, Any]) -> dict[str, Any]:

@@ -284,6 +284,8 @@ def sample_each(name: str) -> None:
     }
     if args.timestep_respacing:
         flags["timestep_respacing"] = args.timestep_respacing
+    elif "--use_ddim" not in extra:
+        flags["sampler"] = "ancestral"  # in every timestep, which is no longer the default
 
     def command(own: SampleFolder) -> list[str]:
         # With a network that was trained with other flags, the experiment's would contradict it.

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -46,8 +50,42 @@ def _shows_traceback() -> bool:
     return os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0")
 
 
-def progress(items: Iterable[T], *, total: int, desc: str, unit: str = "it") -> Iterator[T]:
-    """Yield ``items`` while showing how far they have come.
+def command_line(argv: list[str]) -> str:
+    """``argv`` as it is typed."""
+    return shlex.join(["python", *argv])
+
+
+class Stopped(BaseException):
+    """The user asked by a signal to stop; the message names it."""
+
+
+@contextmanager
+def stop_at_signals() -> Iterator[None]:
+    """Raise :class:`Stopped` at the first SIGTERM or SIGINT; the second ends the process as usual.
+
+    Outside of the main thread Python takes no signals.
+    """
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        for other in previous:
+            signal.signal(other, signal.SIG_DFL)
+        raise Stopped(signal.Signals(number).name)
+
+    previous = {}
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            previous[number] = signal.signal(number, handle)
+    except ValueError:
+        pass
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+class Progress:
+    """How far some work has come.
 
     On a terminal this is a tqdm bar with rate and remaining time. Elsewhere (``nohup``, a pipe)
     it is a plain line at the start of the work and then at most one every 30 seconds, so that a
@@ -57,17 +95,41 @@ def progress(items: Iterable[T], *, total: int, desc: str, unit: str = "it") -> 
     :param desc: what is being done, e.g. ``"preparing"``.
     :param unit: what one item is, e.g. ``"patient"``.
     """
-    if sys.stderr.isatty():
-        yield from tqdm(items, total=total, desc=desc, unit=unit)
-        return
-    start = last = time.monotonic()
-    print(f"{desc}: 0/{total} {unit}", file=sys.stderr, flush=True)
-    for done, item in enumerate(items, start=1):
-        yield item
+
+    def __init__(self, total: int, desc: str, unit: str = "it") -> None:
+        self.total, self.desc, self.unit = total, desc, unit
+        self.done = 0
+        self._bar = tqdm(total=total, desc=desc, unit=unit) if sys.stderr.isatty() else None
+        self._start = self._last = time.monotonic()
+        if self._bar is None:
+            print(f"{desc}: 0/{total} {unit}", file=sys.stderr, flush=True)
+
+    def advance(self) -> None:
+        """One more item is done."""
+        self.done += 1
+        if self._bar is not None:
+            self._bar.update()
+            return
         now = time.monotonic()
-        if done == total or now - last >= 30:
-            seconds = now - start
-            left = seconds / done * (total - done)
-            line = f"{desc}: {done}/{total} {unit}, {seconds:.0f} s, {left:.0f} s left"
-            print(line, file=sys.stderr, flush=True)
-            last = now
+        if self.done == self.total or now - self._last >= 30:
+            seconds = now - self._start
+            left = seconds / self.done * (self.total - self.done)
+            line = f"{self.desc}: {self.done}/{self.total} {self.unit}, {seconds:.0f} s"
+            print(f"{line}, {left:.0f} s left", file=sys.stderr, flush=True)
+            self._last = now
+
+    def close(self) -> None:
+        """Leave the terminal's line as it is."""
+        if self._bar is not None:
+            self._bar.close()
+
+
+def progress(items: Iterable[T], *, total: int, desc: str, unit: str = "it") -> Iterator[T]:
+    """Yield ``items`` while showing how far they have come, see :class:`Progress`."""
+    shown = Progress(total, desc, unit)
+    try:
+        for item in items:
+            yield item
+            shown.advance()
+    finally:
+        shown.close()

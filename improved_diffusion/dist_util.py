@@ -1,36 +1,56 @@
 """Where the program runs: the device, and this process's place among its fellows.
 
 One process needs neither a launcher nor a network, and the library works without
-:func:`setup_dist`. That opens a group of one for code that calls ``torch.distributed`` itself.
+:func:`setup_dist`. That opens a group of one for code that calls ``torch.distributed`` itself, or
+joins the group of the processes that torchrun started.
 """
 
 from __future__ import annotations
 
 import atexit
 import os
-from collections.abc import Iterable
-from typing import Any
+import sys
+from collections.abc import Callable, Iterable
+from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch as th
 import torch.distributed as dist
+
+T = TypeVar("T")
 
 # How many processes there are, as torchrun, Open MPI's and MPICH's mpiexec tell each of them.
 SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
 
-def setup_dist() -> None:
-    """Open a process group of this one process, on an in-memory store; again: nothing more.
+def setup_dist(several: bool = False) -> None:
+    """Open a process group, once: of this one process on an in-memory store, or torchrun's.
 
-    :raises ValueError: a launcher started several processes, which is not supported.
+    :param several: the program can share its work with other processes.
+    :raises ValueError: a launcher started several processes, which the program or, for other
+        launchers than torchrun, this package does not support.
     """
+    if dist.is_available() and dist.is_initialized():
+        return
     for variable in SIZE_VARIABLES:
         size = os.environ.get(variable, "1")
-        if size.isdigit() and int(size) > 1:
+        if not size.isdigit() or int(size) <= 1:
+            continue
+        if not several:
             raise ValueError(
                 f"started as one of {size} processes ({variable}={size}), but one process is "
                 "supported: start the script without torchrun or mpiexec"
             )
-    if not dist.is_available() or dist.is_initialized():
+        if variable != "WORLD_SIZE" or "MASTER_ADDR" not in os.environ:
+            raise ValueError(
+                f"started as one of {size} processes ({variable}={size}) by something else than "
+                f"torchrun: start the script with torchrun --nproc_per_node={size}"
+            )
+        # gloo also takes CUDA tensors. Processes may get done days apart.
+        dist.init_process_group("gloo", timeout=timedelta(days=30))
+        atexit.register(_close_group)
+        return
+    if not dist.is_available():
         return
     # gloo also takes CUDA tensors, and needs no GPU.
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
@@ -63,9 +83,37 @@ def barrier() -> None:
         dist.barrier()
 
 
+def on_first(action: Callable[[], T]) -> T:
+    """Let process 0 do something, and give its result to all.
+
+    Where it fails with what the user can mend, all processes end: process 0 by that exception, so
+    that it is told once, the others by exit status 2.
+    """
+    if world_size() == 1:
+        return action()
+    outcome: list[Any] = [None, False]
+    failure = None
+    if rank() == 0:
+        try:
+            outcome[0] = action()
+        except (ValueError, OSError) as error:
+            failure = error
+            outcome[1] = True
+    dist.broadcast_object_list(outcome, src=0)
+    if failure is not None:
+        raise failure
+    if outcome[1]:
+        sys.exit(2)
+    return outcome[0]
+
+
 def dev() -> th.device:
-    """The first CUDA GPU where there is one, else the CPU."""
-    return th.device("cuda:0" if th.cuda.is_available() else "cpu")
+    """This process's CUDA GPU, the first where there is one process; the CPU without any."""
+    if not th.cuda.is_available():
+        return th.device("cpu")
+    if world_size() == 1:
+        return th.device("cuda:0")
+    return th.device(f"cuda:{int(os.environ['LOCAL_RANK']) % th.cuda.device_count()}")
 
 
 def load_state_dict(path: str, **kwargs: Any) -> Any:

@@ -284,6 +284,27 @@ class GaussianDiffusion:
         else:
             variance = log_variance.exp()
 
+        x_start = self._xstart(prediction, x, t, clip_denoised, denoised_fn)
+        if self.model_mean_type is ModelMeanType.PREVIOUS_X:
+            mean = prediction
+        else:
+            mean = self.q_posterior_mean_variance(x_start, x, t)[0]
+        return {
+            "mean": mean,
+            "variance": variance,
+            "log_variance": log_variance,
+            "pred_xstart": x_start,
+        }
+
+    def _xstart(
+        self,
+        prediction: torch.Tensor,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        clip_denoised: bool,
+        denoised_fn: NoiseFn | None = None,
+    ) -> torch.Tensor:
+        """x_0 from what the model predicts of the mean."""
         match self.model_mean_type:
             case ModelMeanType.EPSILON:
                 x_start = self.predict_xstart_from_eps(x, t, prediction)
@@ -295,19 +316,22 @@ class GaussianDiffusion:
                 x_start = self.predict_xstart_from_xprev(x, t, prediction)
         if denoised_fn is not None:
             x_start = denoised_fn(x_start)
-        if clip_denoised:
-            x_start = x_start.clamp(-1.0, 1.0)
+        return x_start.clamp(-1.0, 1.0) if clip_denoised else x_start
 
-        if self.model_mean_type is ModelMeanType.PREVIOUS_X:
-            mean = prediction
-        else:
-            mean = self.q_posterior_mean_variance(x_start, x, t)[0]
-        return {
-            "mean": mean,
-            "variance": variance,
-            "log_variance": log_variance,
-            "pred_xstart": x_start,
-        }
+    def predict_xstart(
+        self,
+        model: Model,
+        x: torch.Tensor,
+        t: torch.Tensor,
+        clip_denoised: bool = True,
+        model_kwargs: dict[str, Any] | None = None,
+    ) -> torch.Tensor:
+        """The model's prediction of x_0, like ``x``, whatever it predicts and learns.
+
+        :param clip_denoised: limit it to [-1, 1].
+        """
+        prediction, _ = self._split_output(self._evaluate(model, x, t, model_kwargs), x)
+        return self._xstart(prediction, x, t, clip_denoised)
 
     def p_mean_variance(
         self,

@@ -63,8 +63,13 @@ def _count(text: str, flag: str) -> int:
 
 def respaced(diffusion: SpacedDiffusion, section_counts: str | Sequence[int]) -> SpacedDiffusion:
     """The same process on other timesteps; ``section_counts`` as for :func:`space_timesteps`."""
+    return on_timesteps(diffusion, space_timesteps(diffusion.original_num_steps, section_counts))
+
+
+def on_timesteps(diffusion: SpacedDiffusion, timesteps: Iterable[int]) -> SpacedDiffusion:
+    """The same process on ``timesteps`` of the whole process."""
     return SpacedDiffusion(
-        space_timesteps(diffusion.original_num_steps, section_counts),
+        timesteps,
         betas=diffusion.original_betas,
         model_mean_type=diffusion.model_mean_type,
         model_var_type=diffusion.model_var_type,

@@ -8,110 +8,281 @@
     Seg/sample_000000_seg.png     masks hold the nearest label code
     images/sample_000000.png      instead of these, where the channels have no names: RGB or grey
                                   pictures; with classes, named for them: images/cat_000000.png
+    nifti/sample_000000/          a volume of one slice for each channel, if asked for
     grid.png                      the first samples, absolute grey range, masks in label colours
     samples.json                  how they were made
+
+The folder grows as ``<folder>.partial``. Samples are written as they are drawn, and memory does
+not grow with their number. In ``.work`` lie a file of all raw levels, a byte for each sample that
+tells whether it is complete, and what the samples were begun with; a new start that fits goes on
+from there. Several processes share the batches that are left.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import shutil
 import time
-from collections.abc import Iterable, Sequence
+import zipfile
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
 
-from improved_diffusion import figures
+from improved_diffusion import dist_util, figures
 from improved_diffusion.brats import MASK_CHANNEL, slice_name, snap_mask
+from improved_diffusion.files import atomic_write
+from improved_diffusion.nifti_export import write_volumes
+from improved_diffusion.sampling import batches
 
 GRID_SAMPLES = 32
 PICTURES = "images"
+FORMATS = ("npz", "png", "nifti")
+
+WORK = ".work"
+SETTINGS = "settings.json"
+
+
+def parse_formats(text: str) -> tuple[str, ...]:
+    """``"npz,png"`` -> ("npz", "png"), in the order of :data:`FORMATS`.
+
+    :raises ValueError: an unknown name, or none.
+    """
+    names = text.split(",")
+    if not set(names) <= set(FORMATS):
+        raise ValueError(f"--format {text}: choose one or more of {','.join(FORMATS)}")
+    return tuple(name for name in FORMATS if name in names)
+
+
+def begun_with(folder: str) -> dict[str, Any]:
+    """The settings of the samples that were begun for ``folder``; empty where there are none."""
+    with suppress(OSError, ValueError):
+        return json.loads((_partial(folder) / WORK / SETTINGS).read_text())
+    return {}
+
+
+def count_complete(folder: str) -> int:
+    """How many samples of those that were begun for ``folder`` are complete."""
+    with suppress(OSError):
+        return int(np.fromfile(_partial(folder) / WORK / "complete", dtype=np.uint8).sum())
+    return 0
+
+
+def _partial(folder: str) -> Path:
+    target = Path(folder)
+    return target.with_name(f"{target.name}.partial")
 
 
 def write_sample_folder(
     folder: str,
     channels: Sequence[str],
-    batches: Iterable[np.ndarray],
+    draw: Callable[[range], np.ndarray],
     record: dict[str, Any],
     *,
-    labels: Sequence[int] | None = None,
+    num_samples: int,
+    batch_size: int,
+    shape: Sequence[int],
+    settings: dict[str, Any] | None = None,
+    labels: np.ndarray | None = None,
     classes: Sequence[str] = (),
+    formats: Sequence[str] = ("npz", "png"),
+    geometry: dict[str, Any] | None = None,
+    on_start: Callable[[int], None] = lambda left: None,
 ) -> None:
-    """Write batches of samples as they come; the folder has its name when it is complete.
+    """Draw and write the samples that are not there yet; the folder has its name when complete.
 
-    Until then it grows as ``<folder>.partial``, which a new start begins again.
+    Under several processes (:mod:`improved_diffusion.dist_util`) all call this, and each draws
+    its share of the batches.
 
     :param channels: names of the channels in the arrays' order; empty for ordinary pictures.
-    :param batches: uint8 [N, H, W, C] each, drawn while they are written.
+    :param draw: called with the numbers of a batch's samples; gives uint8 [len, H, W, C].
     :param record: further entries for ``samples.json``.
-    :param labels: the number of each sample's class; None: there are no classes.
+    :param shape: (H, W, C).
+    :param settings: plain values that determine the samples, by the names of their flags: samples
+        are continued only with equal ones.
+    :param labels: the number of each sample's class, [num_samples]; None: there are no classes.
     :param classes: names of the classes by number.
-    :raises ValueError: if ``folder`` already holds something.
+    :param geometry: see :func:`improved_diffusion.nifti_export.geometry_of`; for ``nifti``.
+    :param on_start: called with how many batches are left for this process.
+    :raises ValueError: if ``folder`` already holds something, or samples were begun with other
+        settings, or another program is writing them.
     :raises OSError: if it cannot be written.
     """
-    target = Path(folder)
+    target, partial = Path(folder), _partial(folder)
+    settings = json.loads(json.dumps({**(settings or {}), "num_samples": num_samples}))
+    size = (num_samples, *shape)
+    sample_bytes = int(np.prod(shape))
+    work = partial / WORK
+    with ExitStack() as open_files:
+        dist_util.on_first(lambda: _open_work(folder, settings, size, open_files))
+        start = time.monotonic()
+        levels = open_files.enter_context(open(work / "levels", "r+b"))
+        complete = open_files.enter_context(open(work / "complete", "r+b"))
+        flags = np.frombuffer(complete.read(), dtype=np.uint8)
+        left = [own for own in batches(num_samples, batch_size) if not flags[own].all()]
+        dist_util.barrier()  # before anyone changes what the others have just read
+        own_share = left[dist_util.rank() :: dist_util.world_size()]
+        on_start(len(own_share))
+        for indices in own_share:
+            drawn = draw(indices)
+            try:
+                for index, sample in zip(indices, drawn):
+                    name = "sample" if labels is None or channels else classes[labels[index]]
+                    stem = f"{name}_{index:06d}"
+                    if "png" in formats:
+                        _write_pictures(partial, stem, sample, channels)
+                    if "nifti" in formats:
+                        write_volumes(partial / "nifti", stem, sample, channels, geometry)
+                content = np.ascontiguousarray(drawn).tobytes()
+                _write_at(levels, indices.start * sample_bytes, content)
+                # Only now, so that what is complete is complete at whatever moment this ends.
+                _write_at(complete, indices.start, bytes([1]) * len(indices))
+            except OSError as error:
+                raise OSError(
+                    f"cannot write to {partial}: {error.strerror or error}; what is complete stays "
+                    "there, and the same command continues it"
+                ) from error
+        dist_util.barrier()
+        seconds = time.monotonic() - start
+
+        def finish() -> None:
+            drawn = sum(len(own) for own in left)
+            about = {
+                "channels": list(channels),
+                **({} if labels is None else {"classes": list(classes)}),
+                "shape": list(size),
+                **({"seconds_per_sample": round(seconds / drawn, 4)} if drawn else {}),
+                **record,
+            }
+            _finish(partial, size, labels, channels, formats, about)
+            if target.exists():
+                target.rmdir()
+            partial.rename(target)
+            shutil.rmtree(target / WORK)
+
+        dist_util.on_first(finish)
+
+
+def _open_work(
+    folder: str, settings: dict[str, Any], shape: tuple[int, ...], open_files: ExitStack
+) -> None:
+    """Make the folder, or see that it can be continued, and keep others away.
+
+    :param open_files: receives the lock.
+    """
+    target, partial = Path(folder), _partial(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(
             f"--sample_dir {folder} already holds something, and nothing is overwritten; "
             "choose another folder"
         )
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    work = partial / WORK
+    known = begun_with(folder)
+    if not known and partial.exists() and any(own.name != WORK for own in partial.iterdir()):
+        raise ValueError(
+            f"{partial} is in the way and holds no samples that could be continued; move it away, "
+            "or choose another --sample_dir"
+        )
     try:
-        for channel in channels or [""]:
-            (partial / channel).mkdir(parents=True)
+        work.mkdir(parents=True, exist_ok=True)
+        lock = open(work / "lock", "wb")  # noqa: SIM115
+        open_files.enter_context(lock)
     except OSError as error:
         raise OSError(
             f"--sample_dir {folder} cannot be made ({error.strerror}); choose another folder"
         ) from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(
+            f"another program is writing samples to {partial}; wait for it, or choose another "
+            "--sample_dir"
+        ) from None
+    for name, value in settings.items():
+        if known and known.get(name) != value:
+            raise ValueError(
+                f"the samples in {partial} were begun with --{name} {known.get(name)}, not "
+                f"{value}; give the same flags to continue them, choose another --sample_dir, or "
+                "delete that folder"
+            )
+    if not known:
+        for name, size in (("levels", int(np.prod(shape))), ("complete", shape[0])):
+            with open(work / name, "wb") as file:
+                file.truncate(size)
+        with atomic_write(str(work / SETTINGS)) as file:
+            file.write(json.dumps(settings, indent=1).encode())
+    elif done := count_complete(folder):
+        print(f"continuing: {done} of {shape[0]} samples are there", flush=True)
 
-    start = time.monotonic()
-    arrays: list[np.ndarray] = []
-    count = 0
-    for levels in batches:
-        for sample in levels:
-            if channels:
-                _write_slices(partial, f"sample_{count:06d}", sample, channels)
-            else:
-                name = "sample" if labels is None else classes[labels[count]]
-                _write_picture(partial / PICTURES / f"{name}_{count:06d}.png", sample)
-            count += 1
-        arrays.append(levels)
-    samples = np.concatenate(arrays)
-    size = "x".join(map(str, samples.shape))
-    numbers = [] if labels is None else [np.asarray(labels, dtype=np.int64)]
-    np.savez(partial / f"samples_{size}.npz", samples, *numbers)
-    grid = figures.sample_grid(samples[:GRID_SAMPLES], channels or None)
+
+def _write_at(file: BinaryIO, offset: int, content: bytes) -> None:
+    file.seek(offset)
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _finish(
+    partial: Path,
+    shape: tuple[int, ...],
+    labels: np.ndarray | None,
+    channels: Sequence[str],
+    formats: Sequence[str],
+    record: dict[str, Any],
+) -> None:
+    """Write what needs all samples: the npz, the picture and the record."""
+    raw = partial / WORK / "levels"
+    if "npz" in formats:
+        path = partial / f"samples_{'x'.join(map(str, shape))}.npz"
+        with atomic_write(str(path)) as file, zipfile.ZipFile(file, "w") as archive:
+            with _member(archive, "arr_0", np.uint8, shape) as member, open(raw, "rb") as levels:
+                shutil.copyfileobj(levels, member, 2**22)
+            if labels is not None:
+                with _member(archive, "arr_1", np.int64, shape[:1]) as member:
+                    member.write(np.asarray(labels, dtype=np.int64).tobytes())
+    shown = min(GRID_SAMPLES, shape[0])
+    first = np.fromfile(raw, dtype=np.uint8, count=shown * int(np.prod(shape[1:])))
+    grid = figures.sample_grid(first.reshape(shown, *shape[1:]), list(channels) or None)
     figures.save_grid(grid, str(partial / "grid.png"))
-    record = {
-        "channels": list(channels),
-        **({} if labels is None else {"classes": list(classes)}),
-        "shape": list(samples.shape),
-        "seconds_per_sample": round((time.monotonic() - start) / count, 4),
-        **record,
+    with atomic_write(str(partial / "samples.json")) as file:
+        file.write((json.dumps(record, indent=1) + "\n").encode())
+
+
+def _member(archive: zipfile.ZipFile, name: str, kind: type, shape: tuple[int, ...]) -> BinaryIO:
+    """An array of an npz, of which its content is still to be written.
+
+    Its date is the zip format's first, so that equal samples make equal files.
+    """
+    member = archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True)
+    header = {
+        "descr": np.lib.format.dtype_to_descr(np.dtype(kind)),
+        "fortran_order": False,
+        "shape": shape,
     }
-    (partial / "samples.json").write_text(json.dumps(record, indent=1) + "\n")
-    if target.exists():
-        target.rmdir()
-    partial.rename(target)
+    np.lib.format.write_array_header_1_0(member, header)
+    return member
 
 
-def _write_slices(folder: Path, stem: str, sample: np.ndarray, channels: Sequence[str]) -> None:
-    """One sample, uint8 [H, W, C], as a PNG for each channel."""
-    for i, channel in enumerate(channels):
-        panel = np.ascontiguousarray(sample[:, :, i])
-        if channel == MASK_CHANNEL:
-            panel = snap_mask(panel)
-        Image.fromarray(panel).save(folder / channel / slice_name(stem, channel))
+def _write_pictures(folder: Path, stem: str, sample: np.ndarray, channels: Sequence[str]) -> None:
+    """One sample, uint8 [H, W, C], as a PNG for each channel, or as one RGB or grey picture.
 
-
-def _write_picture(path: Path, sample: np.ndarray) -> None:
-    """One sample, uint8 [H, W, C], as RGB or grey; other numbers of channels make no picture."""
+    Other numbers of channels without names make no picture.
+    """
+    if channels:
+        for i, channel in enumerate(channels):
+            panel = np.ascontiguousarray(sample[:, :, i])
+            if channel == MASK_CHANNEL:
+                panel = snap_mask(panel)
+            (folder / channel).mkdir(exist_ok=True)
+            Image.fromarray(panel).save(folder / channel / slice_name(stem, channel))
+        return
     if sample.shape[2] == 1:
         sample = sample[:, :, 0]
     if sample.ndim == 2 or sample.shape[2] == 3:
-        path.parent.mkdir(exist_ok=True)
-        Image.fromarray(np.ascontiguousarray(sample)).save(path)
+        (folder / PICTURES).mkdir(exist_ok=True)
+        Image.fromarray(np.ascontiguousarray(sample)).save(folder / PICTURES / f"{stem}.png")

@@ -5,14 +5,23 @@ Shapes: N samples, C channels, H height, W width.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from improved_diffusion.gaussian_diffusion import GaussianDiffusion, Model
+from improved_diffusion import solvers
+from improved_diffusion.gaussian_diffusion import Model
+from improved_diffusion.respace import SpacedDiffusion, on_timesteps
 from improved_diffusion.seeds import derive_seed
+
+SAMPLERS = ("ancestral", "ddim", *solvers.SOLVERS)
+AUTO = "auto"
+
+# The fewest evaluations whose samples are as good as those of 1000 ancestral steps, see
+# benchmarks/README.md.
+DEFAULT_SAMPLER, DEFAULT_STEPS, DEFAULT_SPACING = "dpmpp_2m", 20, "uniform"
 
 
 class SampleNoise:
@@ -48,17 +57,23 @@ def batches(num_samples: int, batch_size: int) -> list[range]:
     ]
 
 
+def evaluations(sampler: str, steps: int) -> int:
+    """How often the network is evaluated for a sample in so many steps."""
+    return 2 * steps - 1 if sampler == "heun" else steps
+
+
 def draw(
     model: Model,
-    diffusion: GaussianDiffusion,
+    diffusion: SpacedDiffusion,
     indices: range,
     shape: Sequence[int],
     *,
     seed: int,
     device: torch.device | str,
-    use_ddim: bool = False,
+    sampler: str = "ancestral",
+    timesteps: Sequence[int] | None = None,
     clip_denoised: bool = True,
-    progress: bool = False,
+    on_step: Callable[[], None] = lambda: None,
     model_kwargs: dict[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """Draw the samples with the numbers ``indices``.
@@ -67,49 +82,123 @@ def draw(
     composition of a batch), because its noise at the start and at every step is its own.
 
     :param shape: (C, H, W).
-    :param use_ddim: deterministic DDIM steps instead of ancestral ones.
+    :param sampler: one of :data:`SAMPLERS`.
+    :param timesteps: those of ``diffusion`` at which to evaluate, ascending, see
+        :func:`improved_diffusion.solvers.choose_timesteps`; None: all.
     :param clip_denoised: limit every step's predicted image to [-1, 1].
+    :param on_step: called after every step.
     :param model_kwargs: further arguments of the model, a row for each sample: ``y``,
         ``low_res``.
     :return: [N, C, H, W], about in [-1, 1].
     """
-    loop = diffusion.ddim_sample_loop if use_ddim else diffusion.p_sample_loop
-    return loop(
-        model,
-        (len(indices), *shape),
-        clip_denoised=clip_denoised,
-        device=device,
-        progress=progress,
-        model_kwargs={name: value.to(device) for name, value in (model_kwargs or {}).items()},
-        noise_fn=SampleNoise(seed, indices, device),
-    )
-
-
-def draw_batches(
-    model: Model,
-    diffusion: GaussianDiffusion,
-    num_samples: int,
-    batch_size: int,
-    shape: Sequence[int],
-    *,
-    progress: bool = False,
-    model_kwargs_of: Callable[[range], dict[str, torch.Tensor]] = lambda indices: {},
-    **options: object,
-) -> Iterator[np.ndarray]:
-    """Yield batches of :func:`draw`, as levels [N, H, W, C], until there are ``num_samples``.
-
-    :param progress: say which samples are being drawn, and show the steps of each batch.
-    :param model_kwargs_of: gives the model's further arguments for samples by their numbers.
-    """
-    for indices in batches(num_samples, batch_size):
-        if progress:
-            done = f"samples {indices.start + 1} to {indices.stop} of {num_samples}"
-            print(done, file=sys.stderr, flush=True)
-        kwargs = model_kwargs_of(indices)
-        samples = draw(
-            model, diffusion, indices, shape, progress=progress, model_kwargs=kwargs, **options
+    check_sampler(sampler)
+    kwargs = {name: value.to(device) for name, value in (model_kwargs or {}).items()}
+    noise_fn = SampleNoise(seed, indices, device)
+    size = (len(indices), *shape)
+    if sampler in ("ancestral", "ddim"):
+        if timesteps is not None:
+            whole = [diffusion.timestep_map[t] for t in timesteps]
+            diffusion = on_timesteps(diffusion, whole)
+        loop = (
+            diffusion.p_sample_loop_progressive
+            if sampler == "ancestral"
+            else diffusion.ddim_sample_loop_progressive
         )
-        yield to_levels(samples)
+        for out in loop(  # noqa: B007
+            model,
+            size,
+            clip_denoised=clip_denoised,
+            device=device,
+            model_kwargs=kwargs,
+            noise_fn=noise_fn,
+        ):
+            on_step()
+        return out["sample"]
+
+    if timesteps is None:
+        timesteps = range(diffusion.num_timesteps)
+    visited = list(reversed(timesteps))
+    path = solvers.Path(diffusion.alphas_cumprod[visited])
+
+    def denoise(x: torch.Tensor, i: int) -> torch.Tensor:
+        t = torch.full((len(x),), visited[i], device=x.device)
+        return diffusion.predict_xstart(model, x, t, clip_denoised, kwargs)
+
+    def steps() -> Iterator[int]:
+        for i in range(len(path)):
+            yield i
+            on_step()
+
+    x = noise_fn(torch.empty(size, device=device))
+    return solvers.solve(sampler, denoise, x, path, noise_fn, steps())
+
+
+def check_sampler(name: str) -> None:
+    """:raises ValueError: an unknown name."""
+    if name not in SAMPLERS:
+        raise ValueError(f"--sampler {name}: choose from {', '.join(SAMPLERS)}")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How samples are drawn.
+
+    :param sampler: one of :data:`SAMPLERS`.
+    :param timesteps: of the process, ascending.
+    :param spacing: how they were chosen.
+    """
+
+    sampler: str
+    timesteps: list[int]
+    spacing: str
+
+    @property
+    def evaluations(self) -> int:
+        """How often the network is evaluated for a sample."""
+        return evaluations(self.sampler, len(self.timesteps))
+
+
+def choose_plan(
+    diffusion: SpacedDiffusion,
+    *,
+    sampler: str = AUTO,
+    steps: int = 0,
+    spacing: str = AUTO,
+    use_ddim: bool = False,
+    respaced: bool = False,
+) -> Plan:
+    """What the flags of the sampling scripts stand for.
+
+    Without any, :data:`DEFAULT_SAMPLER` in :data:`DEFAULT_STEPS` steps. ``--timestep_respacing``
+    and ``--use_ddim`` mean what they mean to openai/improved-diffusion: ancestral or DDIM steps at
+    every timestep of the process.
+
+    :param diffusion: the process, respaced as ``--timestep_respacing`` says.
+    :param sampler: one of :data:`SAMPLERS`, or ``auto``.
+    :param steps: 0: every timestep for ancestral and DDIM sampling and for a respaced process, else
+        :data:`DEFAULT_STEPS`.
+    :param respaced: ``--timestep_respacing`` is given.
+    :param spacing: one of :data:`improved_diffusion.solvers.SPACINGS`, or ``auto``: evenly spread
+        timesteps for ancestral and DDIM steps, else :data:`DEFAULT_SPACING`.
+    :raises ValueError: unknown names, contradictions, or more steps than there are.
+    """
+    if use_ddim and sampler not in (AUTO, "ddim"):
+        raise ValueError(
+            f"--use_ddim True contradicts --sampler {sampler}; leave --use_ddim out, or choose "
+            "--sampler ddim"
+        )
+    if use_ddim:
+        sampler = "ddim"
+    elif sampler == AUTO:
+        sampler = "ancestral" if respaced else DEFAULT_SAMPLER
+    check_sampler(sampler)
+    classic = sampler in ("ancestral", "ddim")
+    if spacing == AUTO:
+        spacing = "uniform" if classic else DEFAULT_SPACING
+    if steps == 0:
+        most = diffusion.num_timesteps
+        steps = most if classic or respaced else min(DEFAULT_STEPS, most)
+    return Plan(sampler, solvers.choose_timesteps(diffusion, steps, spacing), spacing)
 
 
 def to_levels(samples: torch.Tensor) -> np.ndarray:

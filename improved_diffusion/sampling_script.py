@@ -2,15 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import argparse
+import hashlib
+import math
+import sys
 from typing import Any
 
 import numpy as np
 import torch
 
-from improved_diffusion import brats, dist_util, figures
-from improved_diffusion.samples import write_sample_folder
-from improved_diffusion.sampling import draw_batches
+from improved_diffusion import brats, checkpoint, cli, dist_util, execution, figures
+from improved_diffusion.cost import free_memory, largest_microbatch, sampling_memory
+from improved_diffusion.fp16_util import (
+    PRECISIONS,
+    allow_tf32,
+    choose_precision,
+    precision_name,
+)
+from improved_diffusion.nifti_export import BRATS_GEOMETRY
+from improved_diffusion.samples import (
+    begun_with,
+    count_complete,
+    parse_formats,
+    write_sample_folder,
+)
+from improved_diffusion.sampling import (
+    AUTO,
+    DEFAULT_SAMPLER,
+    DEFAULT_SPACING,
+    DEFAULT_STEPS,
+    SAMPLERS,
+    choose_plan,
+    draw,
+    to_levels,
+)
 from improved_diffusion.script_util import (
     Loaded,
     given_flags,
@@ -18,8 +43,12 @@ from improved_diffusion.script_util import (
     provenance,
     script_parser,
 )
+from improved_diffusion.solvers import SPACINGS
+from improved_diffusion.unet import UNetModel
 
-ModelKwargs = Callable[[range], dict[str, torch.Tensor]]
+# --batch_size auto takes no more: a batch is what an interruption loses.
+MOST_ON_GPU = 256
+MOST_ON_CPU = 16
 
 # Flag: default and explanation.
 SAMPLING_FLAGS: dict[str, tuple[Any, str]] = {
@@ -28,10 +57,45 @@ SAMPLING_FLAGS: dict[str, tuple[Any, str]] = {
         "",
         "names of the channels, e.g. T1CE,Seg, for a checkpoint that does not hold them",
     ),
-    "sample_dir": ("Samples", "folder to make"),
+    "sample_dir": (
+        "Samples",
+        "folder to make; until it is complete it has .partial behind its name, and the same "
+        "command continues it",
+    ),
     "num_samples": (10_000, "samples to draw"),
-    "batch_size": (16, "samples drawn at a time"),
-    "use_ddim": (False, "deterministic DDIM steps instead of ancestral ones"),
+    "batch_size": ("16", "samples drawn at a time; auto: as many as fit into the free memory"),
+    "format": (
+        "npz,png",
+        "what to write: npz (raw levels), png (a folder of slices for each channel), nifti "
+        "(volumes of one slice that lie where the training data do)",
+    ),
+    "sampler": (
+        AUTO,
+        f"how to go from noise to an image: {', '.join(SAMPLERS)}; auto: {DEFAULT_SAMPLER}, but "
+        "ancestral where --timestep_respacing is given and ddim with --use_ddim",
+    ),
+    "sampling_steps": (
+        0,
+        f"steps of the sampler (heun evaluates twice in each); 0: {DEFAULT_STEPS}, but every "
+        "timestep for ancestral and ddim and where --timestep_respacing is given",
+    ),
+    "timestep_spacing": (
+        AUTO,
+        f"which timesteps: {', '.join(SPACINGS)}; auto: uniform for ancestral and ddim, else "
+        f"{DEFAULT_SPACING}",
+    ),
+    "use_ddim": (False, "the same as --sampler ddim"),
+    "precision": (
+        AUTO,
+        f"type in which the network computes: {', '.join(PRECISIONS)}, or auto: bf16 on GPUs that "
+        "have it in hardware, else fp32",
+    ),
+    "compile": (
+        AUTO,
+        "run the network through torch.compile: on, off, or auto: on a GPU, where it is worth its "
+        "time",
+    ),
+    "tf32": (True, "let float32 products on a GPU round their inputs to 10 bits"),
     "clip_denoised": (True, "limit every step's predicted image to [-1, 1]"),
     "classes": (
         "",
@@ -60,22 +124,40 @@ def sample(description: str, *, super_res: bool = False) -> None:
     own_flags = SUPER_RES_FLAGS if super_res else SAMPLING_FLAGS
     parser = script_parser(description, "sampling", own_flags, super_res)
     args = parser.parse_args()
-    dist_util.setup_dist()
+    dist_util.setup_dist(several=True)
     if not args.model_path:
         raise ValueError("--model_path is missing; name a model or EMA file")
-    smallest = {"num_samples": 0 if super_res else 1, "batch_size": 1}
-    for flag, least in smallest.items():
-        if vars(args)[flag] < least:
-            raise ValueError(f"--{flag} {vars(args)[flag]}: give {least} or more")
+    least = 0 if super_res else 1
+    if args.num_samples < least:
+        raise ValueError(f"--num_samples {args.num_samples}: give {least} or more")
+    formats = parse_formats(args.format)
+    device = dist_util.dev()
+    dtype, remark = choose_precision(args.precision, device)
+    if remark:
+        print(remark, file=sys.stderr)
+    allow_tf32(args.tf32)
     if super_res and not args.base_samples:
         raise ValueError(
             "--base_samples is missing; name the folder that image_sample.py wrote, or its .npz"
         )
 
     loaded = load_model_and_diffusion(args.model_path, given_flags(parser), super_res=super_res)
-    model = loaded.model.to(dist_util.dev()).eval()
     size = loaded.flags["large_size" if super_res else "image_size"]
-    labels = choose_classes(args.classes, loaded)
+    plan = choose_plan(
+        loaded.diffusion,
+        sampler=args.sampler,
+        steps=args.sampling_steps,
+        spacing=args.timestep_spacing,
+        use_ddim=args.use_ddim,
+        respaced=bool(loaded.flags["timestep_respacing"]),
+    )
+    geometry = loaded.metadata.get("geometry") or BRATS_GEOMETRY
+    if "nifti" in formats and not loaded.channels:
+        raise ValueError(
+            "--format nifti: the model draws ordinary pictures, or its channels are not known; "
+            "leave nifti out, or name BraTS channels with --channels"
+        )
+    labels = np.asarray(choose_classes(args.classes, loaded))
     base = None
     if super_res:
         base, base_labels = read_base(args.base_samples, loaded)
@@ -89,36 +171,149 @@ def sample(description: str, *, super_res: bool = False) -> None:
                 )
             labels = base_labels
 
-    def label_of(index: int) -> int:
-        return int(labels[index % len(labels)])
+    shape = (loaded.flags["in_channels"], size, size)
+    shapes: dict[str, tuple[int, ...]] = {"y": ()} if loaded.classes else {}
+    if base is not None:
+        shapes["low_res"] = tuple(base.shape[1:])
+    loaded.model.compute_dtype = dtype
+    batch_size = choose_batch_size(args, loaded.model, shape, shapes, device)
+    count = math.ceil(args.num_samples / batch_size)
+    steps = len(plan.timesteps)
+    network = execution.for_sampling(
+        loaded.model, dtype, args.compile, device, evaluations=count * plan.evaluations
+    )
+    if loaded.classes:
+        labels = labels[np.arange(args.num_samples) % len(labels)]
 
-    def model_kwargs(indices: range) -> dict[str, torch.Tensor]:
+    settings = {
+        "model_path": checkpoint.sha256(args.model_path),
+        "sampler": plan.sampler,
+        "sampling_steps": steps,
+        "timestep_spacing": plan.spacing,
+        "timestep_respacing": loaded.flags["timestep_respacing"],
+        "clip_denoised": args.clip_denoised,
+        "seed": args.seed,
+        "precision": precision_name(dtype),
+        "format": ",".join(formats),
+        "batch_size": batch_size,
+        "channels": ",".join(loaded.channels),
+        "classes": args.classes,
+        "base_samples": _digest(base),
+    }
+    precise = precision_name(dtype)
+    if dist_util.rank() == 0:
+        print(
+            f"{args.num_samples} samples by {plan.sampler}, {plan.evaluations} evaluations each, "
+            f"{batch_size} at a time on {device} in {precise}",
+            file=sys.stderr,
+            flush=True,
+        )
+    progress: list[cli.Progress] = []
+
+    def on_step() -> None:
+        if progress:
+            progress[0].advance()
+
+    def draw_levels(indices: range) -> np.ndarray:
         kwargs = {}
         if loaded.classes:
-            kwargs["y"] = torch.tensor([label_of(i) for i in indices])
+            kwargs["y"] = torch.from_numpy(labels[indices.start : indices.stop])
         if base is not None:
-            kwargs["low_res"] = base[torch.tensor([i % len(base) for i in indices])]
-        return kwargs
+            kwargs["low_res"] = base[torch.arange(indices.start, indices.stop) % len(base)]
+        samples = draw(
+            network,
+            loaded.diffusion,
+            indices,
+            shape,
+            seed=args.seed,
+            device=device,
+            sampler=plan.sampler,
+            timesteps=plan.timesteps,
+            clip_denoised=args.clip_denoised,
+            on_step=on_step,
+            model_kwargs=kwargs,
+        )
+        return to_levels(samples)
 
-    batches = draw_batches(
-        model,
-        loaded.diffusion,
-        args.num_samples,
-        args.batch_size,
-        (loaded.flags["in_channels"], size, size),
-        seed=args.seed,
-        device=dist_util.dev(),
-        use_ddim=args.use_ddim,
-        clip_denoised=args.clip_denoised,
-        progress=True,
-        model_kwargs_of=model_kwargs,
-    )
-    record = provenance(args, loaded)
-    drawn = [label_of(i) for i in range(args.num_samples)] if loaded.classes else None
-    write_sample_folder(
-        args.sample_dir, loaded.channels, batches, record, labels=drawn, classes=loaded.classes
-    )
-    print(f"wrote {args.num_samples} samples to {args.sample_dir}")
+    def on_start(left: int) -> None:
+        if dist_util.rank() == 0 and left:
+            progress.append(cli.Progress(left * steps, "sampling", "step"))
+
+    record = {
+        **provenance(args, loaded),
+        "sampler": plan.sampler,
+        "timesteps": plan.timesteps,
+        "evaluations": plan.evaluations,
+        "precision": precise,
+        "batch_size": batch_size,
+    }
+    if "nifti" in formats:
+        record["geometry"] = loaded.metadata.get("geometry") or "BraTS default"
+    try:
+        with cli.stop_at_signals():
+            write_sample_folder(
+                args.sample_dir,
+                loaded.channels,
+                draw_levels,
+                record,
+                num_samples=args.num_samples,
+                batch_size=batch_size,
+                shape=(size, size, loaded.flags["in_channels"]),
+                settings=settings,
+                labels=labels if loaded.classes else None,
+                classes=loaded.classes,
+                formats=formats,
+                geometry=geometry,
+                on_start=on_start,
+            )
+    except cli.Stopped as stop:
+        if dist_util.rank() == 0:
+            kept = count_complete(args.sample_dir)
+            print(
+                f"{stop}: {kept} of {args.num_samples} samples are kept in {args.sample_dir}."
+                f"partial; continue with: {cli.command_line(sys.argv)}"
+            )
+        return
+    if dist_util.rank() == 0:
+        print(f"wrote {args.num_samples} samples to {args.sample_dir}")
+
+
+def choose_batch_size(
+    args: argparse.Namespace,
+    model: UNetModel,
+    shape: tuple[int, int, int],
+    model_kwargs: dict[str, tuple[int, ...]],
+    device: torch.device,
+) -> int:
+    """What ``--batch_size`` stands for.
+
+    ``auto`` is the size with which the folder's samples were begun, else as many images as fit
+    into the memory that is free, at most :data:`MOST_ON_GPU` or, on a CPU, where larger batches
+    are no faster, :data:`MOST_ON_CPU`.
+
+    :raises ValueError: neither a number above 0 nor ``auto``.
+    """
+    if args.batch_size != AUTO:
+        if not args.batch_size.isdecimal() or int(args.batch_size) < 1:
+            raise ValueError(
+                f"--batch_size {args.batch_size}: give a number of samples, 1 or more, or {AUTO}"
+            )
+        return int(args.batch_size)
+
+    def choose() -> int:
+        begun = begun_with(args.sample_dir).get("batch_size")
+        if isinstance(begun, int) and begun > 0:
+            return begun
+        image_bytes = sampling_memory(model, shape, model_kwargs=model_kwargs)
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        most = min(args.num_samples, MOST_ON_GPU if device.type == "cuda" else MOST_ON_CPU)
+        return largest_microbatch(image_bytes, weights, free_memory(device), most)
+
+    return dist_util.on_first(choose)
+
+
+def _digest(base: torch.Tensor | None) -> str:
+    return "" if base is None else hashlib.sha256(base.numpy().tobytes()).hexdigest()
 
 
 def choose_classes(text: str, loaded: Loaded) -> list[int]:

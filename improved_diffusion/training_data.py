@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import blobfile as bf
 import torch
@@ -12,6 +13,7 @@ from torch.utils.data import Dataset
 import brats_dataset
 from improved_diffusion import brats, image_datasets
 from improved_diffusion.batches import Batch
+from improved_diffusion.nifti_export import geometry_of
 from improved_diffusion.packed import open_pack
 
 
@@ -69,6 +71,13 @@ class TrainingData:
         if self.channels:
             return brats_dataset.load_data(brats_channels=self.channels, split=self.split, **common)
         return image_datasets.load_data(channels=self.in_channels, **common)
+
+    def geometry(self) -> dict[str, Any]:
+        """Where the slices lie, for samples as NIfTI; empty where nothing tells."""
+        if not self.channels:
+            return {}
+        dataset = brats.read_dataset_json(self.data_dir or brats_dataset.ROOT)
+        return geometry_of(dataset) if dataset else {}
 
     def dataset(self, image_size: int, low_res_size: int | None = None) -> Dataset:
         """The images in their own order: items [C, H, W] in [-1, 1] with a dict.

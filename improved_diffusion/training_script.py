@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
-from improved_diffusion import __version__, checkpoint, dist_util, logger
+from improved_diffusion import __version__, checkpoint, cli, dist_util, logger
 from improved_diffusion.architecture import NO_PRESET, preset_flags
 from improved_diffusion.cost import free_memory, largest_microbatch, training_cost
 from improved_diffusion.fp16_util import allow_tf32, choose_precision, precision_name
@@ -180,6 +179,7 @@ def train(description: str, *, super_res: bool = False) -> None:
             "flags": model_flags,
             "channels": data.channels,
             "classes": data.classes,
+            "geometry": data.geometry(),
         },
         flags=vars(args),
         channels=data.channels,
@@ -331,4 +331,4 @@ def continue_command(argv: Sequence[str]) -> str:
         if word.startswith("--resume_checkpoint="):
             del words[i]
             break
-    return shlex.join(["python", *words, "--resume_checkpoint", "latest"])
+    return cli.command_line([*words, "--resume_checkpoint", "latest"])

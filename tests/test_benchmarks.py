@@ -61,3 +61,22 @@ def test_reading_slices(tmp_path):
         # Far faster than 20 images a second, so hardly any waiting.
         assert float(speed) > 100 and float(waiting) < 25
     assert sorted(rows) == ["decoded", "packed"]
+
+
+def test_drawing_beside_a_reference(tmp_path):
+    """As above; the reference takes twice as many steps."""
+    shutil.copytree(ROOT / "improved_diffusion", tmp_path / "improved_diffusion")
+    shutil.copy(ROOT / "brats_dataset.py", tmp_path)
+    output = run(
+        "sampling_speed",
+        *("--reference", tmp_path, "--rounds", 2, "--batch_size", 2, "--sampler", "heun"),
+        *("--sampling_steps", 3, "--reference_steps", 10, "--precision", "bf16"),
+        *("--image_size", 32, "--num_channels", 32, "--num_res_blocks", 1),
+        *("--channel_mult", "1,1", "--diffusion_steps", 20),
+    )
+    assert "32x32, 2 channels, batch 2, bf16, " in output
+    rows = dict(re.findall(r"^(ours|reference) +(.*)$", output, re.MULTILINE))
+    own, other = ([float(value) for value in row.split()] for row in rows.values())
+    assert (own[0], other[0]) == (5, 10)  # evaluations
+    assert own[4:] == [1, 1]
+    assert other[4] > 0 and abs(other[5] / (other[4] / 2) - 1) < 0.05

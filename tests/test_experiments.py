@@ -95,10 +95,22 @@ SAMPLE = {
         f"{CIFAR10_NETWORK} --batch_size 64 --num_samples 64 --timestep_respacing 250",
         ["ema_0.9999_050000"],
     ),
-    "one_channel_exp1": (f"{RGB} --batch_size 10 --num_samples 40", ["ema_0.9999_100000"]),
-    "one_channel_exp2": (f"{ONE} --batch_size 8 --num_samples 64", ["ema_0.9999_230000"]),
-    "two_channel_exp1": (f"{TWO} --batch_size 8 --num_samples 64", ["ema_0.9999_250000"]),
-    "two_channel_exp2": (f"{TWO} --batch_size 36 --num_samples 72", ["ema_0.9999_160000"]),
+    "one_channel_exp1": (
+        f"{RGB} --batch_size 10 --num_samples 40 --sampler ancestral",
+        ["ema_0.9999_100000"],
+    ),
+    "one_channel_exp2": (
+        f"{ONE} --batch_size 8 --num_samples 64 --sampler ancestral",
+        ["ema_0.9999_230000"],
+    ),
+    "two_channel_exp1": (
+        f"{TWO} --batch_size 8 --num_samples 64 --sampler ancestral",
+        ["ema_0.9999_250000"],
+    ),
+    "two_channel_exp2": (
+        f"{TWO} --batch_size 36 --num_samples 72 --sampler ancestral",
+        ["ema_0.9999_160000"],
+    ),
     "two_channel_exp3": (
         f"{TWO} --batch_size 42 --num_samples 42 --timestep_respacing 250",
         ["ema_0.9999_220000", "model220000"],

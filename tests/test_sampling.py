@@ -1,15 +1,13 @@
-import json
-
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from improved_diffusion import sampling
-from improved_diffusion.samples import write_sample_folder
+from improved_diffusion.respace import space_timesteps
 from improved_diffusion.sampling import SampleNoise
 from improved_diffusion.script_util import create_gaussian_diffusion
 from improved_diffusion.seeds import derive_seed
+from improved_diffusion.solvers import choose_timesteps
 
 SHAPE = (2, 4, 4)
 
@@ -19,33 +17,135 @@ def model(x, t):
     return torch.tanh(x) + 0.001 * t.reshape(-1, 1, 1, 1)
 
 
-def draw_all(batch_size, use_ddim=False, seed=3, num_samples=7):
+def draw_all(batch_size, sampler="ancestral", seed=3, num_samples=7):
     process = create_gaussian_diffusion(steps=20)
     return np.concatenate(
-        list(
-            sampling.draw_batches(
-                model,
-                process,
-                num_samples,
-                batch_size,
-                SHAPE,
-                seed=seed,
-                device="cpu",
-                use_ddim=use_ddim,
+        [
+            sampling.to_levels(
+                sampling.draw(
+                    model, process, indices, SHAPE, seed=seed, device="cpu", sampler=sampler
+                )
             )
-        )
+            for indices in sampling.batches(num_samples, batch_size)
+        ]
     )
 
 
-@pytest.mark.parametrize("use_ddim", [False, True])
-def test_a_sample_depends_on_seed_and_number_alone(use_ddim):
-    whole = draw_all(7, use_ddim)
+@pytest.mark.parametrize("sampler", sampling.SAMPLERS)
+def test_a_sample_depends_on_seed_and_number_alone(sampler):
+    whole = draw_all(7, sampler)
     assert whole.shape == (7, 4, 4, 2)
     for batch_size in (1, 3, 100):
-        np.testing.assert_array_equal(draw_all(batch_size, use_ddim), whole)
-    np.testing.assert_array_equal(draw_all(2, use_ddim, num_samples=3), whole[:3])
-    assert (draw_all(7, use_ddim, seed=4) != whole).any(axis=(1, 2, 3)).all()
+        np.testing.assert_array_equal(draw_all(batch_size, sampler), whole)
+    np.testing.assert_array_equal(draw_all(2, sampler, num_samples=3), whole[:3])
+    assert (draw_all(7, sampler, seed=4) != whole).any(axis=(1, 2, 3)).all()
     assert len(np.unique(whole.reshape(7, -1), axis=0)) == 7
+
+
+@pytest.mark.parametrize(("sampler", "loop"), [("ancestral", "p"), ("ddim", "ddim")])
+def test_chosen_timesteps_are_a_respaced_process(sampler, loop):
+    """--sampling_steps 5 and --timestep_respacing 5 are the same samples."""
+    whole = create_gaussian_diffusion(steps=20)
+    spaced = create_gaussian_diffusion(steps=20, timestep_respacing="5")
+    options = {"seed": 0, "device": "cpu", "sampler": sampler}
+    timesteps = choose_timesteps(whole, 5, "uniform")
+    assert timesteps == spaced.timestep_map
+    chosen = sampling.draw(model, whole, range(3), SHAPE, timesteps=timesteps, **options)
+    assert torch.equal(chosen, sampling.draw(model, spaced, range(3), SHAPE, **options))
+    # Of a process that is respaced already, its own are chosen from.
+    again = sampling.draw(model, spaced, range(3), SHAPE, timesteps=[0, 2, 4], **options)
+    third = create_gaussian_diffusion(steps=20, timestep_respacing="3")
+    assert [spaced.timestep_map[i] for i in (0, 2, 4)] == third.timestep_map
+    assert torch.equal(again, sampling.draw(model, third, range(3), SHAPE, **options))
+    noise = SampleNoise(0, range(3), "cpu")
+    run = getattr(third, f"{loop}_sample_loop")
+    assert torch.equal(again, run(model, (3, *SHAPE), device="cpu", noise_fn=noise))
+
+
+@pytest.mark.parametrize("sampler", sampling.SAMPLERS)
+def test_evaluations_are_counted(sampler):
+    calls = []
+
+    def counting(x, t):
+        calls.append(t[0].item())
+        return model(x, t)
+
+    process = create_gaussian_diffusion(steps=20, rescale_timesteps=False)
+    plan = sampling.choose_plan(process, sampler=sampler, steps=6, spacing="karras")
+    sampling.draw(
+        counting,
+        process,
+        range(2),
+        SHAPE,
+        seed=0,
+        device="cpu",
+        sampler=plan.sampler,
+        timesteps=plan.timesteps,
+    )
+    assert len(calls) == plan.evaluations == (11 if sampler == "heun" else 6)
+    assert sorted(set(calls)) == plan.timesteps
+    assert (calls[0], calls[-1]) == (19, 0)
+
+
+def test_clipping_limits_every_prediction():
+    process = create_gaussian_diffusion(steps=20, predict_xstart=True)
+
+    def bright(x, t):
+        return torch.full_like(x, 3.0)
+
+    for sampler in sampling.SAMPLERS:
+        options = {"seed": 0, "device": "cpu", "sampler": sampler}
+        clipped = sampling.draw(bright, process, range(2), SHAPE, **options)
+        free = sampling.draw(bright, process, range(2), SHAPE, clip_denoised=False, **options)
+        assert clipped.max().item() == pytest.approx(1, abs=1e-3)
+        assert free.max().item() == pytest.approx(3, abs=1e-3)
+
+
+DEFAULT = (sampling.DEFAULT_SAMPLER, sampling.DEFAULT_STEPS)
+
+
+@pytest.mark.parametrize(
+    ("flags", "respacing", "expected"),
+    [
+        ({}, "", DEFAULT),
+        ({"steps": 12}, "", (sampling.DEFAULT_SAMPLER, 12)),
+        ({"sampler": "heun"}, "", ("heun", sampling.DEFAULT_STEPS)),
+        # What the reference's flags mean to it.
+        ({}, "250", ("ancestral", 250)),
+        ({}, "1000", ("ancestral", 1000)),
+        ({"use_ddim": True}, "", ("ddim", 1000)),
+        ({"use_ddim": True}, "ddim50", ("ddim", 50)),
+        ({"sampler": "ancestral"}, "", ("ancestral", 1000)),
+        ({"sampler": "unipc"}, "25", ("unipc", 25)),
+        ({"sampler": "ddim", "use_ddim": True, "steps": 30}, "", ("ddim", 30)),
+    ],
+)
+def test_what_the_flags_stand_for(flags, respacing, expected):
+    process = create_gaussian_diffusion(steps=1000, timestep_respacing=respacing)
+    plan = sampling.choose_plan(process, respaced=bool(respacing), **flags)
+    assert (plan.sampler, len(plan.timesteps)) == expected
+    if plan.sampler in ("ancestral", "ddim"):
+        visited = {process.timestep_map[t] for t in plan.timesteps}
+        assert visited == space_timesteps(1000, respacing or [expected[1]])
+
+
+def test_a_short_process_needs_no_flag():
+    plan = sampling.choose_plan(create_gaussian_diffusion(steps=8))
+    assert plan.timesteps == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"sampler": "euler"}, "--sampler euler: choose from ancestral, ddim, heun"),
+        ({"sampler": "heun", "use_ddim": True}, "--use_ddim True contradicts --sampler heun"),
+        ({"steps": -1}, "--sampling_steps -1"),
+        ({"spacing": "even"}, "--timestep_spacing even"),
+    ],
+)
+def test_flags_that_stand_for_nothing(flags, message):
+    with pytest.raises(ValueError, match=message):
+        sampling.choose_plan(create_gaussian_diffusion(steps=20), **flags)
 
 
 def test_noise_is_standard_normal_and_new_at_every_step():
@@ -72,59 +172,3 @@ def test_levels_are_the_inverse_of_the_data_scaling():
     scaled = (levels / 127.5 - 1).reshape(1, 1, 16, 16)
     assert sampling.to_levels(scaled).flatten().tolist() == list(range(256))
     assert sampling.to_levels(torch.tensor([[[[-3.0, 3.0]]]])).flatten().tolist() == [0, 255]
-
-
-def test_sample_folder(tmp_path):
-    levels = np.zeros((3, 8, 8, 2), np.uint8)
-    levels[..., 0] = [[[20]], [[90]], [[250]]]  # mask
-    levels[..., 1] = [[[7]], [[8]], [[9]]]
-    out = tmp_path / "out"
-    write_sample_folder(str(out), ["Seg", "T1CE"], [levels[:2], levels[2:]], {"seed": 5})
-    np.testing.assert_array_equal(np.load(out / "samples_3x8x8x2.npz")["arr_0"], levels)
-    masks = [np.asarray(Image.open(out / f"Seg/sample_{i:06d}_seg.png")) for i in range(3)]
-    assert [np.unique(mask).tolist() for mask in masks] == [[0], [102], [204]]
-    image = Image.open(out / "T1CE/sample_000002_T1ce.png")
-    assert (image.mode, image.size, image.getpixel((0, 0))) == ("L", (8, 8), 9)
-    record = json.loads((out / "samples.json").read_text())
-    assert record.pop("seconds_per_sample") > 0
-    assert record == {
-        "channels": ["Seg", "T1CE"],
-        "shape": [3, 8, 8, 2],
-        "seed": 5,
-    }
-    assert Image.open(out / "grid.png").mode == "RGB"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out"]
-
-
-def test_sample_folder_is_not_there_before_it_is_complete(tmp_path):
-    def broken():
-        yield np.zeros((1, 8, 8, 1), np.uint8)
-        raise KeyboardInterrupt
-
-    out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt):
-        write_sample_folder(str(out), ["T1"], broken(), {})
-    assert not out.exists()
-    write_sample_folder(str(out), ["T1"], [np.zeros((1, 8, 8, 1), np.uint8)], {})
-    assert [p.name for p in (out / "T1").iterdir()] == ["sample_000000_T1.png"]
-    with pytest.raises(ValueError, match="already holds something"):
-        write_sample_folder(str(out), ["T1"], [], {})
-
-
-@pytest.mark.parametrize(("channels", "mode"), [(3, "RGB"), (1, "L"), (4, None)])
-def test_samples_without_channel_names(tmp_path, channels, mode):
-    """Three channels make colour pictures, one makes grey ones, other numbers make none."""
-    out = tmp_path / "out"
-    levels = np.random.default_rng(0).integers(0, 256, (2, 8, 8, channels), dtype=np.uint8)
-    write_sample_folder(str(out), [], [levels], {}, labels=[1, 0], classes=["ape", "cat"])
-    names = sorted(p.name for p in out.iterdir() if p.name != "images")
-    assert names == ["grid.png", "samples.json", f"samples_2x8x8x{channels}.npz"]
-    assert np.load(out / names[2])["arr_1"].tolist() == [1, 0]
-    if mode is None:
-        assert not (out / "images").exists()
-        return
-    pictures = sorted(p.name for p in (out / "images").iterdir())
-    assert pictures == ["ape_000001.png", "cat_000000.png"]
-    picture = Image.open(out / "images" / "cat_000000.png")
-    assert picture.mode == mode
-    np.testing.assert_array_equal(np.asarray(picture).reshape(8, 8, channels), levels[0])
