@@ -17,7 +17,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.10",
-    packages=["improved_diffusion"],
+    packages=["improved_diffusion", "improved_diffusion.evaluation"],
     py_modules=["brats_dataset"],
     install_requires=[
         "torch>=2.6",  # before, weights_only loading had a hole (CVE-2025-32434)
@@ -33,6 +33,8 @@ setup(
         "tensorboard": ["tensorboard>=2.12"],
         # mpi4py needs an MPI library only for runs of several processes; this one comes as a wheel.
         "mpi": ["mpich"],
+        # Solvers are tested against its schedulers.
+        "peers": ["diffusers>=0.30"],
         "test": ["matplotlib>=3.10", "pytest>=7.4", "pytest-xdist>=3.3", "ruff==0.17.6"],
     },
 )

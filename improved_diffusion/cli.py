@@ -65,10 +65,12 @@ def stop_at_signals() -> Iterator[None]:
 
     Outside of the main thread Python takes no signals.
     """
+    # torchrun passes on a signal that may have come here as well, and kills who stays.
+    second = signal.SIG_IGN if "TORCHELASTIC_RUN_ID" in os.environ else signal.SIG_DFL
 
     def handle(number: int, frame: FrameType | None) -> None:
         for other in previous:
-            signal.signal(other, signal.SIG_DFL)
+            signal.signal(other, second)
         raise Stopped(signal.Signals(number).name)
 
     previous = {}

@@ -10,7 +10,9 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -22,6 +24,11 @@ T = TypeVar("T")
 # How many processes there are, as torchrun, Open MPI's and MPICH's mpiexec tell each of them.
 SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
 
+# torchrun's processes start together, but may get done days apart.
+_START, _WORK = timedelta(minutes=5), timedelta(days=30)
+# Through which the processes find each other; None without torchrun.
+_store: dist.Store | None = None
+
 
 def setup_dist(several: bool = False) -> None:
     """Open a process group, once: of this one process on an in-memory store, or torchrun's.
@@ -29,7 +36,9 @@ def setup_dist(several: bool = False) -> None:
     :param several: the program can share its work with other processes.
     :raises ValueError: a launcher started several processes, which the program or, for other
         launchers than torchrun, this package does not support.
+    :raises OSError: torchrun's processes don't find each other.
     """
+    global _store
     if dist.is_available() and dist.is_initialized():
         return
     for variable in SIZE_VARIABLES:
@@ -46,8 +55,16 @@ def setup_dist(several: bool = False) -> None:
                 f"started as one of {size} processes ({variable}={size}) by something else than "
                 f"torchrun: start the script with torchrun --nproc_per_node={size}"
             )
-        # gloo also takes CUDA tensors. Processes may get done days apart.
-        dist.init_process_group("gloo", timeout=timedelta(days=30))
+        address = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '')}"
+        try:
+            _store, own, count = next(dist.rendezvous("env://", timeout=_START))
+        except RuntimeError as error:
+            raise OSError(
+                f"the {size} processes don't find each other at {address}; start them with "
+                f"torchrun --standalone --nproc_per_node={size}"
+            ) from error
+        # gloo also takes CUDA tensors.
+        dist.init_process_group("gloo", store=_store, rank=own, world_size=count, timeout=_WORK)
         atexit.register(_close_group)
         return
     if not dist.is_available():
@@ -78,32 +95,42 @@ def world_size() -> int:
 
 
 def barrier() -> None:
-    """Wait until every process of the group is here; without a group, go on."""
-    if _in_group():
-        dist.barrier()
+    """Wait until every process of the group is here; without a group, go on.
+
+    Where one has ended, so does this one, with status 2: the other tells why.
+    """
+    if not _in_group():
+        return
+    try:
+        work = dist.barrier(async_op=True)
+        while not work.is_completed():  # wait() alone would hear no signal meanwhile
+            time.sleep(0.02)
+        work.wait()
+    except RuntimeError:
+        sys.exit(2)
+
+
+@contextmanager
+def told_once() -> Iterator[None]:
+    """Let one process alone tell an error that the user can mend; others end with status 2."""
+    try:
+        yield
+    except (ValueError, OSError):
+        if _store is not None and _store.add("told", 1) > 1:
+            sys.exit(2)
+        raise
 
 
 def on_first(action: Callable[[], T]) -> T:
     """Let process 0 do something, and give its result to all.
 
-    Where it fails with what the user can mend, all processes end: process 0 by that exception, so
-    that it is told once, the others by exit status 2.
+    Where it fails, all processes end: process 0 by the exception, the others by exit status 2.
     """
     if world_size() == 1:
         return action()
-    outcome: list[Any] = [None, False]
-    failure = None
-    if rank() == 0:
-        try:
-            outcome[0] = action()
-        except (ValueError, OSError) as error:
-            failure = error
-            outcome[1] = True
+    outcome = [action() if rank() == 0 else None]
+    barrier()  # which, unlike the broadcast, hears signals while process 0 is at work
     dist.broadcast_object_list(outcome, src=0)
-    if failure is not None:
-        raise failure
-    if outcome[1]:
-        sys.exit(2)
     return outcome[0]
 
 
@@ -113,7 +140,8 @@ def dev() -> th.device:
         return th.device("cpu")
     if world_size() == 1:
         return th.device("cuda:0")
-    return th.device(f"cuda:{int(os.environ['LOCAL_RANK']) % th.cuda.device_count()}")
+    local = int(os.environ.get("LOCAL_RANK", rank()))
+    return th.device(f"cuda:{local % th.cuda.device_count()}")
 
 
 def load_state_dict(path: str, **kwargs: Any) -> Any:

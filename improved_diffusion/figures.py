@@ -347,6 +347,11 @@ def read_sample_set(path: str) -> SampleSet:
     file_path = path
     if bf.isdir(path):
         found = sorted(name for name in bf.listdir(path) if name.endswith(".npz"))
+        if not found:
+            raise ValueError(
+                f"the sample folder {path} holds no .npz file, the raw levels that are read here: "
+                "name another, or draw the samples with --format npz among the formats"
+            )
         if len(found) != 1:
             raise ValueError(
                 f"the sample folder {path} holds {len(found)} .npz files instead of one: name the "

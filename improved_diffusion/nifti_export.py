@@ -6,6 +6,7 @@ A sample is a slice at no particular height; it is put at the middle of the sour
 from __future__ import annotations
 
 import gzip
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ BRATS_GEOMETRY: dict[str, Any] = {
         [-1.0, 0.0, 0.0, 0.0],
         [0.0, -1.0, 0.0, 239.0],
         [0.0, 0.0, 1.0, 0.0],
-        [0, 0, 0, 1.0],
+        [0.0, 0.0, 0.0, 1.0],
     ],
     "image_size": brats.IMAGE_SIZE,
     "label_convention": "2020",
@@ -33,8 +34,13 @@ SUFFIXES = {"FLAIR": "flair", "Seg": "seg", "T1": "t1", "T1CE": "t1ce", "T2": "t
 
 
 def geometry_of(dataset: dict[str, Any]) -> dict[str, Any]:
-    """What a checkpoint needs of ``dataset.json`` so that its samples can be placed."""
-    own = dataset["geometry"]
+    """What a checkpoint needs of ``dataset.json`` so that its samples can be placed.
+
+    :return: empty where ``dataset.json`` does not tell.
+    """
+    own = dataset.get("geometry")
+    if not own:
+        return {}
     return {
         **{name: own[name] for name in ("volume_shape", "padding", "affine")},
         "image_size": dataset["image_size"],
@@ -59,15 +65,17 @@ def slice_affine(geometry: dict[str, Any], size: int) -> np.ndarray:
 
 
 def write_volumes(
-    folder: Path, stem: str, sample: np.ndarray, channels: list[str], geometry: dict[str, Any]
-) -> None:
+    folder: Path, stem: str, sample: np.ndarray, channels: Sequence[str], geometry: dict[str, Any]
+) -> list[Path]:
     """Write ``folder/stem/stem_t1ce.nii.gz`` and so on, one file for each channel.
 
     Images keep their levels, 0 to 255. A mask's levels become the nearest label of the source's
     convention: 0, 1, 2 and 4, or 0, 1, 2 and 3 from BraTS 2023 on.
 
     :param sample: uint8 [H, W, C].
+    :return: the files.
     """
+    written = []
     case = folder / stem
     case.mkdir(parents=True, exist_ok=True)
     affine = slice_affine(geometry, sample.shape[0])
@@ -80,7 +88,9 @@ def write_volumes(
         image.set_qform(affine, code=1)
         image.set_sform(affine, code=1)
         content = gzip.compress(image.to_bytes(), mtime=0)  # the same bytes at every run
-        (case / f"{stem}_{SUFFIXES[channel]}.nii.gz").write_bytes(content)
+        written.append(case / f"{stem}_{SUFFIXES[channel]}.nii.gz")
+        written[-1].write_bytes(content)
+    return written
 
 
 def labels_of(mask: np.ndarray, convention: str) -> np.ndarray:

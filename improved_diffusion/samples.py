@@ -15,7 +15,8 @@
 The folder grows as ``<folder>.partial``. Samples are written as they are drawn, and memory does
 not grow with their number. In ``.work`` lie a file of all raw levels, a byte for each sample that
 tells whether it is complete, and what the samples were begun with; a new start that fits goes on
-from there. Several processes share the batches that are left.
+from there. The raw levels go when all else is written, the rest of ``.work`` when the folder has
+its name. Several processes share the batches that are left.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ PICTURES = "images"
 FORMATS = ("npz", "png", "nifti")
 
 WORK = ".work"
-SETTINGS = "settings.json"
+LOCK, SETTINGS, LEVELS, COMPLETE = "lock", "settings.json", "levels", "complete"
 
 
 def parse_formats(text: str) -> tuple[str, ...]:
@@ -61,20 +62,24 @@ def parse_formats(text: str) -> tuple[str, ...]:
 
 def begun_with(folder: str) -> dict[str, Any]:
     """The settings of the samples that were begun for ``folder``; empty where there are none."""
+    return _settings_in(_partial(folder) / WORK)
+
+
+def _settings_in(work: Path) -> dict[str, Any]:
     with suppress(OSError, ValueError):
-        return json.loads((_partial(folder) / WORK / SETTINGS).read_text())
+        return json.loads((work / SETTINGS).read_text())
     return {}
 
 
 def count_complete(folder: str) -> int:
     """How many samples of those that were begun for ``folder`` are complete."""
     with suppress(OSError):
-        return int(np.fromfile(_partial(folder) / WORK / "complete", dtype=np.uint8).sum())
+        return int(np.fromfile(_partial(folder) / WORK / COMPLETE, dtype=np.uint8).sum())
     return 0
 
 
 def _partial(folder: str) -> Path:
-    target = Path(folder)
+    target = Path(os.path.abspath(folder))
     return target.with_name(f"{target.name}.partial")
 
 
@@ -103,8 +108,8 @@ def write_sample_folder(
     :param draw: called with the numbers of a batch's samples; gives uint8 [len, H, W, C].
     :param record: further entries for ``samples.json``.
     :param shape: (H, W, C).
-    :param settings: plain values that determine the samples, by the names of their flags: samples
-        are continued only with equal ones.
+    :param settings: plain values that determine the samples, each under the name that the user
+        knows it by, e.g. ``--seed``: samples are continued only with equal ones.
     :param labels: the number of each sample's class, [num_samples]; None: there are no classes.
     :param classes: names of the classes by number.
     :param geometry: see :func:`improved_diffusion.nifti_export.geometry_of`; for ``nifti``.
@@ -114,15 +119,19 @@ def write_sample_folder(
     :raises OSError: if it cannot be written.
     """
     target, partial = Path(folder), _partial(folder)
-    settings = json.loads(json.dumps({**(settings or {}), "num_samples": num_samples}))
+    settings = json.loads(json.dumps({**(settings or {}), "--num_samples": num_samples}))
     size = (num_samples, *shape)
     sample_bytes = int(np.prod(shape))
     work = partial / WORK
     with ExitStack() as open_files:
-        dist_util.on_first(lambda: _open_work(folder, settings, size, open_files))
+        if dist_util.on_first(lambda: _is_written(target, settings)):
+            return
+        if dist_util.on_first(lambda: _open_work(folder, settings, size, open_files)):
+            dist_util.on_first(lambda: _give_name(partial, target))
+            return
         start = time.monotonic()
-        levels = open_files.enter_context(open(work / "levels", "r+b"))
-        complete = open_files.enter_context(open(work / "complete", "r+b"))
+        levels = open_files.enter_context(open(work / LEVELS, "r+b"))
+        complete = open_files.enter_context(open(work / COMPLETE, "r+b"))
         flags = np.frombuffer(complete.read(), dtype=np.uint8)
         left = [own for own in batches(num_samples, batch_size) if not flags[own].all()]
         dist_util.barrier()  # before anyone changes what the others have just read
@@ -130,17 +139,24 @@ def write_sample_folder(
         on_start(len(own_share))
         for indices in own_share:
             drawn = draw(indices)
+            written: list[Path] = []
             try:
                 for index, sample in zip(indices, drawn):
                     name = "sample" if labels is None or channels else classes[labels[index]]
                     stem = f"{name}_{index:06d}"
                     if "png" in formats:
-                        _write_pictures(partial, stem, sample, channels)
+                        written += _write_pictures(partial, stem, sample, channels)
                     if "nifti" in formats:
-                        write_volumes(partial / "nifti", stem, sample, channels, geometry)
+                        written += write_volumes(
+                            partial / "nifti", stem, sample, channels, geometry
+                        )
+                for path in written:
+                    with open(path, "rb") as file:
+                        os.fsync(file.fileno())
                 content = np.ascontiguousarray(drawn).tobytes()
                 _write_at(levels, indices.start * sample_bytes, content)
-                # Only now, so that what is complete is complete at whatever moment this ends.
+                # Only now, so that what is complete is complete at whatever moment this ends, were
+                # it by a power failure.
                 _write_at(complete, indices.start, bytes([1]) * len(indices))
             except OSError as error:
                 raise OSError(
@@ -160,20 +176,39 @@ def write_sample_folder(
                 **record,
             }
             _finish(partial, size, labels, channels, formats, about)
-            if target.exists():
-                target.rmdir()
-            partial.rename(target)
-            shutil.rmtree(target / WORK)
+            (work / LEVELS).unlink()
+            _give_name(partial, target)
 
         dist_util.on_first(finish)
 
 
+def _give_name(partial: Path, target: Path) -> None:
+    partial.rename(target)  # in the place of an empty folder, if there is one
+    _remove_work(target)
+
+
+def _remove_work(target: Path) -> None:
+    # The settings last, by which a start after an interruption knows that only this was left.
+    for name in (LEVELS, COMPLETE, LOCK, SETTINGS):
+        (target / WORK / name).unlink(missing_ok=True)
+    (target / WORK).rmdir()
+
+
+def _is_written(target: Path, settings: dict[str, Any]) -> bool:
+    """Whether a start with the same settings was interrupted after its last file; tidies up."""
+    if _settings_in(target / WORK) != settings:
+        return False
+    _remove_work(target)
+    return True
+
+
 def _open_work(
     folder: str, settings: dict[str, Any], shape: tuple[int, ...], open_files: ExitStack
-) -> None:
+) -> bool:
     """Make the folder, or see that it can be continued, and keep others away.
 
     :param open_files: receives the lock.
+    :return: whether it only lacks its name.
     """
     target, partial = Path(folder), _partial(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -182,15 +217,18 @@ def _open_work(
             "choose another folder"
         )
     work = partial / WORK
-    known = begun_with(folder)
-    if not known and partial.exists() and any(own.name != WORK for own in partial.iterdir()):
+    ours = not partial.exists() or (
+        partial.is_dir()
+        and (begun_with(folder) or all(path.name == WORK for path in partial.iterdir()))
+    )
+    if not ours:
         raise ValueError(
             f"{partial} is in the way and holds no samples that could be continued; move it away, "
             "or choose another --sample_dir"
         )
     try:
         work.mkdir(parents=True, exist_ok=True)
-        lock = open(work / "lock", "wb")  # noqa: SIM115
+        lock = open(work / LOCK, "wb")  # noqa: SIM115
         open_files.enter_context(lock)
     except OSError as error:
         raise OSError(
@@ -203,21 +241,23 @@ def _open_work(
             f"another program is writing samples to {partial}; wait for it, or choose another "
             "--sample_dir"
         ) from None
+    known = begun_with(folder)  # with the lock, so that no one else is just writing them
     for name, value in settings.items():
         if known and known.get(name) != value:
             raise ValueError(
-                f"the samples in {partial} were begun with --{name} {known.get(name)}, not "
-                f"{value}; give the same flags to continue them, choose another --sample_dir, or "
-                "delete that folder"
+                f"the samples in {partial} were begun with {name} {known.get(name)}, not {value}; "
+                "give the same flags to continue them, choose another --sample_dir, or delete "
+                "that folder"
             )
     if not known:
-        for name, size in (("levels", int(np.prod(shape))), ("complete", shape[0])):
+        for name, size in ((LEVELS, int(np.prod(shape))), (COMPLETE, shape[0])):
             with open(work / name, "wb") as file:
                 file.truncate(size)
         with atomic_write(str(work / SETTINGS)) as file:
             file.write(json.dumps(settings, indent=1).encode())
     elif done := count_complete(folder):
         print(f"continuing: {done} of {shape[0]} samples are there", flush=True)
+    return not (work / LEVELS).exists()
 
 
 def _write_at(file: BinaryIO, offset: int, content: bytes) -> None:
@@ -236,7 +276,7 @@ def _finish(
     record: dict[str, Any],
 ) -> None:
     """Write what needs all samples: the npz, the picture and the record."""
-    raw = partial / WORK / "levels"
+    raw = partial / WORK / LEVELS
     if "npz" in formats:
         path = partial / f"samples_{'x'.join(map(str, shape))}.npz"
         with atomic_write(str(path)) as file, zipfile.ZipFile(file, "w") as archive:
@@ -268,21 +308,29 @@ def _member(archive: zipfile.ZipFile, name: str, kind: type, shape: tuple[int, .
     return member
 
 
-def _write_pictures(folder: Path, stem: str, sample: np.ndarray, channels: Sequence[str]) -> None:
+def _write_pictures(
+    folder: Path, stem: str, sample: np.ndarray, channels: Sequence[str]
+) -> list[Path]:
     """One sample, uint8 [H, W, C], as a PNG for each channel, or as one RGB or grey picture.
 
     Other numbers of channels without names make no picture.
+
+    :return: the files.
     """
+    written = []
     if channels:
         for i, channel in enumerate(channels):
             panel = np.ascontiguousarray(sample[:, :, i])
             if channel == MASK_CHANNEL:
                 panel = snap_mask(panel)
             (folder / channel).mkdir(exist_ok=True)
-            Image.fromarray(panel).save(folder / channel / slice_name(stem, channel))
-        return
+            written.append(folder / channel / slice_name(stem, channel))
+            Image.fromarray(panel).save(written[-1])
+        return written
     if sample.shape[2] == 1:
         sample = sample[:, :, 0]
     if sample.ndim == 2 or sample.shape[2] == 3:
         (folder / PICTURES).mkdir(exist_ok=True)
-        Image.fromarray(np.ascontiguousarray(sample)).save(folder / PICTURES / f"{stem}.png")
+        written.append(folder / PICTURES / f"{stem}.png")
+        Image.fromarray(np.ascontiguousarray(sample)).save(written[-1])
+    return written

@@ -21,7 +21,7 @@ AUTO = "auto"
 
 # The fewest evaluations whose samples are as good as those of 1000 ancestral steps, see
 # benchmarks/README.md.
-DEFAULT_SAMPLER, DEFAULT_STEPS, DEFAULT_SPACING = "dpmpp_2m", 20, "uniform"
+DEFAULT_SAMPLER, DEFAULT_STEPS, DEFAULT_SPACING = "dpmpp_2m_sde", 15, "logsnr"
 
 
 class SampleNoise:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import math
+import os
 import sys
 from typing import Any
 
@@ -12,7 +13,12 @@ import numpy as np
 import torch
 
 from improved_diffusion import brats, checkpoint, cli, dist_util, execution, figures
-from improved_diffusion.cost import free_memory, largest_microbatch, sampling_memory
+from improved_diffusion.cost import (
+    free_memory,
+    is_out_of_memory,
+    largest_microbatch,
+    sampling_memory,
+)
 from improved_diffusion.fp16_util import (
     PRECISIONS,
     allow_tf32,
@@ -116,6 +122,7 @@ SUPER_RES_FLAGS = {
 }
 
 
+@dist_util.told_once()
 def sample(description: str, *, super_res: bool = False) -> None:
     """Read the command line, draw samples and write them.
 
@@ -185,22 +192,27 @@ def sample(description: str, *, super_res: bool = False) -> None:
     if loaded.classes:
         labels = labels[np.arange(args.num_samples) % len(labels)]
 
-    settings = {
-        "model_path": checkpoint.sha256(args.model_path),
-        "sampler": plan.sampler,
-        "sampling_steps": steps,
-        "timestep_spacing": plan.spacing,
-        "timestep_respacing": loaded.flags["timestep_respacing"],
-        "clip_denoised": args.clip_denoised,
-        "seed": args.seed,
-        "precision": precision_name(dtype),
-        "format": ",".join(formats),
-        "batch_size": batch_size,
-        "channels": ",".join(loaded.channels),
-        "classes": args.classes,
-        "base_samples": _digest(base),
-    }
     precise = precision_name(dtype)
+    settings = {
+        "a checkpoint of SHA-256": checkpoint.sha256(args.model_path),
+        "--seed": args.seed,
+        "--sampler": plan.sampler,
+        "--sampling_steps": steps,
+        "--timestep_spacing": plan.spacing,
+        "--clip_denoised": args.clip_denoised,
+        "--batch_size": batch_size,
+        "--format": ",".join(formats),
+        "--channels": ",".join(loaded.channels),
+        "--classes": args.classes,
+        "--precision": precise,
+        "--compile": args.compile,
+        "--tf32": args.tf32,
+        "device": device.type,
+        # A checkpoint that holds no flags takes them from the command line.
+        **{f"--{name}": value for name, value in loaded.flags.items()},
+        "--base_samples of SHA-256": None if base is None else _digest(base.numpy()),
+        "labels of SHA-256": _digest(labels) if loaded.classes else None,
+    }
     if dist_util.rank() == 0:
         print(
             f"{args.num_samples} samples by {plan.sampler}, {plan.evaluations} evaluations each, "
@@ -214,7 +226,29 @@ def sample(description: str, *, super_res: bool = False) -> None:
         if progress:
             progress[0].advance()
 
+    fitting = batch_size  # how many samples the memory takes at once
+
     def draw_levels(indices: range) -> np.ndarray:
+        nonlocal fitting
+        parts = []
+        start = indices.start
+        while start < indices.stop:
+            part = range(start, min(start + fitting, indices.stop))
+            try:
+                parts.append(draw_at_once(part))
+                start = part.stop
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or len(part) == 1:
+                    raise
+                fitting = (len(part) + 1) // 2
+                print(
+                    f"{len(part)} samples at once do not fit into memory: going on with {fitting}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        return np.concatenate(parts)
+
+    def draw_at_once(indices: range) -> np.ndarray:
         kwargs = {}
         if loaded.classes:
             kwargs["y"] = torch.from_numpy(labels[indices.start : indices.stop])
@@ -249,8 +283,9 @@ def sample(description: str, *, super_res: bool = False) -> None:
     }
     if "nifti" in formats:
         record["geometry"] = loaded.metadata.get("geometry") or "BraTS default"
-    try:
-        with cli.stop_at_signals():
+    with cli.stop_at_signals():
+        stopped = ""
+        try:
             write_sample_folder(
                 args.sample_dir,
                 loaded.channels,
@@ -266,16 +301,22 @@ def sample(description: str, *, super_res: bool = False) -> None:
                 geometry=geometry,
                 on_start=on_start,
             )
-    except cli.Stopped as stop:
-        if dist_util.rank() == 0:
+        except cli.Stopped as stop:
+            stopped = str(stop)
+        for shown in progress:
+            shown.close()
+        if dist_util.rank() != 0:
+            return
+        if stopped and not os.path.exists(os.path.join(args.sample_dir, "samples.json")):
             kept = count_complete(args.sample_dir)
             print(
-                f"{stop}: {kept} of {args.num_samples} samples are kept in {args.sample_dir}."
-                f"partial; continue with: {cli.command_line(sys.argv)}"
+                f"{stopped}: {kept} of {args.num_samples} samples are kept in "
+                f"{os.path.normpath(args.sample_dir)}.partial; continue with: "
+                f"{cli.command_line(sys.argv)}",
+                flush=True,
             )
-        return
-    if dist_util.rank() == 0:
-        print(f"wrote {args.num_samples} samples to {args.sample_dir}")
+        else:
+            print(f"wrote {args.num_samples} samples to {args.sample_dir}", flush=True)
 
 
 def choose_batch_size(
@@ -301,7 +342,7 @@ def choose_batch_size(
         return int(args.batch_size)
 
     def choose() -> int:
-        begun = begun_with(args.sample_dir).get("batch_size")
+        begun = begun_with(args.sample_dir).get("--batch_size")
         if isinstance(begun, int) and begun > 0:
             return begun
         image_bytes = sampling_memory(model, shape, model_kwargs=model_kwargs)
@@ -312,8 +353,8 @@ def choose_batch_size(
     return dist_util.on_first(choose)
 
 
-def _digest(base: torch.Tensor | None) -> str:
-    return "" if base is None else hashlib.sha256(base.numpy().tobytes()).hexdigest()
+def _digest(values: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values)).hexdigest()
 
 
 def choose_classes(text: str, loaded: Loaded) -> list[int]:

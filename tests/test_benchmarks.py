@@ -1,5 +1,7 @@
 """The benchmark commands run and report what they say; how fast, no test can tell."""
 
+import itertools
+import json
 import os
 import re
 import shutil
@@ -9,6 +11,9 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+
+from improved_diffusion import checkpoint
+from improved_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 
 ROOT = Path(__file__).parent.parent
 
@@ -80,3 +85,47 @@ def test_drawing_beside_a_reference(tmp_path):
     assert (own[0], other[0]) == (5, 10)  # evaluations
     assert own[4:] == [1, 1]
     assert other[4] > 0 and abs(other[5] / (other[4] / 2) - 1) < 0.05
+
+
+def test_quality_of_samplers(tmp_path):
+    """The base is worse than itself in nothing; the floor has no steps."""
+    flags = {
+        **model_and_diffusion_defaults(),
+        "in_channels": 2,
+        "image_size": 16,
+        "num_channels": 32,
+        "num_res_blocks": 1,
+        "channel_mult": "1,1",
+        "attention_resolutions": "8",
+        "num_heads": 1,
+        "diffusion_steps": 20,
+    }
+    model, _ = create_model_and_diffusion(**flags)
+    metadata = {"flags": flags, "channels": ["FLAIR", "Seg"]}
+    weights = checkpoint.with_metadata(model.state_dict(), metadata)
+    checkpoint.save(weights, str(tmp_path / "model000001.pt"))
+    rng = np.random.default_rng(0)
+    for channel in ("FLAIR", "Seg"):
+        (tmp_path / "slices" / channel).mkdir(parents=True)
+        for subject, i in itertools.product((1, 2), range(4)):
+            levels = np.zeros((32, 32), np.uint8)
+            levels[8:24, 8:24] = 102 if channel == "Seg" else rng.integers(60, 200, (16, 16))
+            name = f"Subject_00{subject}_slice_{i}.png"
+            Image.fromarray(levels).save(tmp_path / "slices" / channel / name)
+    out = tmp_path / "out"
+    argv = ("--model_path", tmp_path / "model000001.pt", "--data_dir", tmp_path / "slices")
+    argv += ("--out_dir", out, "--num_samples", 4, "--sets")
+    output = run("sampling_quality", *argv, "ancestral:20 heun:3:logsnr")
+    rows = json.loads((out / "quality.json").read_text())
+    assert [(row["sampler"], row["evaluations"]) for row in rows] == [
+        ("real", 0),
+        ("ancestral", 20),
+        ("heun", 5),
+    ]
+    assert rows[0]["off_code_share"]["value"] == 0 < rows[1]["off_code_share"]["value"]
+    assert rows[1]["distance"]["value"] > 10 * abs(rows[0]["distance"]["value"])
+    assert rows[1]["worse"] == []
+    assert len(re.findall(r"^\| (real|ancestral|heun) \|", output, re.MULTILINE)) == 3
+    assert Image.open(out / "quality.png").size == (800, 450)
+    levels = np.load(out / "heun_3_logsnr.npy")
+    assert (levels.shape, levels.dtype) == ((4, 16, 16, 2), np.uint8)

@@ -90,6 +90,7 @@ def test_masks_hold_the_sources_labels(tmp_path, convention, labels):
 def test_the_convention_is_the_sources(dataset):
     assert dataset["label_convention"] == "2023"
     assert nifti_export.geometry_of(dataset)["label_convention"] == "2023"
+    assert nifti_export.geometry_of({**dataset, "geometry": None}) == {}
     none = {**dataset, "label_convention": None}  # prepared without masks
     assert nifti_export.geometry_of(none)["label_convention"] == "2020"
 

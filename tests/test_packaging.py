@@ -25,7 +25,7 @@ def test_wheel_holds_the_code(tmp_path):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert "brats_dataset.py" in names
     modules = {
-        f"improved_diffusion/{path.name}" for path in (ROOT / "improved_diffusion").glob("*.py")
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "improved_diffusion").rglob("*.py")
     }
     assert modules <= names
     metadata = next(name for name in names if name.endswith("METADATA"))

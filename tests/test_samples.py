@@ -32,7 +32,7 @@ def write(folder, drawing=draw, num_samples=7, batch_size=2, **options):
         "shape": SHAPE,
         "formats": ("npz", "png", "nifti"),
         "geometry": BRATS_GEOMETRY,
-        "settings": {"seed": 5},
+        "settings": {"--seed": 5},
         **options,
     }
     channels = options.pop("channels", CHANNELS)
@@ -144,7 +144,9 @@ def die(folder, moment):
         if moment == "_write_pictures" and calls[0] == 6:
             args[0].joinpath("Seg", "sample_000005_seg.png").write_bytes(b"half a pic")
             killed()
-        if (moment == "_write_at" and calls[0] == 6) or moment == "_finish":
+        if moment == "_write_at" and calls[0] == 6:
+            killed()
+        if moment in ("_finish", "_give_name", "_remove_work"):
             killed()
         if moment == "atomic_write" and calls[0] == 2:  # after the settings, the npz
             with open(f"{args[0]}.partial", "wb") as file:
@@ -157,7 +159,7 @@ def die(folder, moment):
 
 
 @pytest.mark.parametrize(
-    "moment", ["drawing", "_write_pictures", "_write_at", "_finish", "atomic_write"]
+    "moment", ["drawing", "_write_pictures", "_write_at", "_finish", "atomic_write", "_give_name"]
 )
 def test_killed_at_any_moment_and_continued(tmp_path, moment, capsys):
     write(tmp_path / "whole")
@@ -169,7 +171,7 @@ def test_killed_at_any_moment_and_continued(tmp_path, moment, capsys):
     assert not out.exists()
 
     kept = samples.count_complete(str(out))
-    assert kept == (7 if moment in ("_finish", "atomic_write") else 4)
+    assert kept == (7 if moment in ("_finish", "atomic_write", "_give_name") else 4)
     drawn = []
 
     def counting(indices):
@@ -180,6 +182,22 @@ def test_killed_at_any_moment_and_continued(tmp_path, moment, capsys):
     assert drawn == list(range(kept, 7))  # nothing a second time
     assert f"continuing: {kept} of 7 samples are there" in capsys.readouterr().out
     assert contents(out) == contents(tmp_path / "whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_killed_while_tidying_up(tmp_path):
+    """The folder has its name already; the same start finds nothing left to draw."""
+    write(tmp_path / "whole")
+    out = tmp_path / "out"
+    process = multiprocessing.get_context("fork").Process(target=die, args=(out, "_remove_work"))
+    process.start()
+    process.join()
+    assert (out / ".work").is_dir()
+    with pytest.raises(ValueError, match="already holds something"):
+        write(out, settings={"--seed": 6})
+    write(out, lambda indices: pytest.fail("drawn again"))
+    assert contents(out) == contents(tmp_path / "whole")
+    assert not (out / ".work").exists()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
 
 
@@ -195,7 +213,7 @@ def test_other_settings_are_refused(tmp_path):
         write(out, broken)
     before = contents_of_partial(tmp_path)
     for options, message in [
-        ({"settings": {"seed": 6}}, "were begun with --seed 5, not 6; give the same flags"),
+        ({"settings": {"--seed": 6}}, "were begun with --seed 5, not 6; give the same flags"),
         ({"num_samples": 8}, "were begun with --num_samples 7, not 8"),
     ]:
         with pytest.raises(ValueError, match=message):
@@ -216,6 +234,9 @@ def test_a_folder_of_someone_else_is_left_alone(tmp_path):
     with pytest.raises(ValueError, match=r"out\.partial is in the way"):
         write(tmp_path / "out")
     assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "mine"
+    (tmp_path / "other.partial").write_text("a file")
+    with pytest.raises(ValueError, match=r"other\.partial is in the way"):
+        write(tmp_path / "other")
     (tmp_path / "file").write_text("a file")
     with pytest.raises(OSError, match="cannot be made"):
         write(tmp_path / "file" / "out")

@@ -131,19 +131,31 @@ def test_automatic_batch_size(sample, tmp_path, monkeypatch):
     assert sample(tmp_path / "many", *many)["batch_size"] == sampling_script.MOST_ON_CPU
 
     # What a run began with is kept, also where less memory is free when it is continued.
-    original = sampling_script.draw
-
-    def interrupted(*args, **kwargs):
-        if args[2].start:
-            raise OSError("the power failed")
-        return original(*args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sampling_script, "draw", interrupted)
-        assert sample(tmp_path / "out", *many) == "error: the power failed"
+    interrupt(sample, monkeypatch, tmp_path / "out", *many)
     monkeypatch.setattr(sampling_script, "free_memory", lambda device: 0)
     assert sample(tmp_path / "out", *many)["batch_size"] == sampling_script.MOST_ON_CPU
     assert sample(tmp_path / "small", *many)["batch_size"] == 1
+
+
+def test_a_batch_that_does_not_fit_is_drawn_in_parts(sample, tmp_path, monkeypatch):
+    flags = ("--num_samples", 7, "--batch_size", 5, "--sampling_steps", 2)
+    sample(tmp_path / "whole", *flags)
+    original, sizes = sampling_script.draw, []
+
+    def small(model, diffusion, indices, *args, **kwargs):
+        sizes.append(len(indices))
+        if len(indices) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(model, diffusion, indices, *args, **kwargs)
+
+    monkeypatch.setattr(sampling_script, "draw", small)
+    sample(tmp_path / "parts", *flags)
+    assert sizes == [5, 3, 2, 2, 1, 2]  # halved until it fits, and then no more tried
+    whole, parts = (
+        np.load(tmp_path / name / "samples_7x16x16x2.npz")["arr_0"].astype(int)
+        for name in ("whole", "parts")
+    )
+    assert np.abs(whole - parts).max() <= 1
 
 
 def test_nifti_without_a_known_geometry(sample, tmp_path):
@@ -195,6 +207,35 @@ def assert_equal_but_for_its_place(out, whole):
     assert own == other
 
 
+def interrupt(sample, monkeypatch, out, *argv):
+    """Begin samples, of which the first batch gets complete."""
+    original = sampling_script.draw
+
+    def interrupted(*args, **kwargs):
+        if args[2].start:
+            raise OSError("the power failed")
+        return original(*args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sampling_script, "draw", interrupted)
+        assert sample(out, *argv) == "error: the power failed"
+
+
+def test_what_a_checkpoint_does_not_tell_is_kept_too(sample, tmp_path, monkeypatch):
+    """Without flags in the file, they determine the samples from the command line."""
+    path = str(tmp_path / "plain.pt")
+    model, _ = create_model_and_diffusion(**FLAGS)
+    torch.save(dict(model.state_dict()), path)
+    names = ("image_size", "diffusion_steps", "num_heads", "rescale_timesteps")
+    argv = [word for name in names for word in (f"--{name}", FLAGS[name])]
+    argv += ["--model_path", path, "--num_samples", 4, "--batch_size", 2, "--sampling_steps", 2]
+    out = tmp_path / "out"
+    interrupt(sample, monkeypatch, out, *argv, "--noise_schedule", "linear")
+    error = sample(out, *argv, "--noise_schedule", "cosine")
+    assert "were begun with --noise_schedule linear, not cosine; give the same flags" in error
+    assert sample(out, *argv, "--noise_schedule", "linear")["batch_size"] == 2
+
+
 def torchrun(model_path, out, *argv):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.run(
@@ -206,20 +247,23 @@ def torchrun(model_path, out, *argv):
     )
 
 
-def test_two_processes_make_the_files_of_one(model_path, tmp_path):
+def test_two_processes_make_the_files_of_one(model_path, sample, tmp_path, monkeypatch):
     argv = ("--num_samples", 7, "--batch_size", 2, "--sampling_steps", 3)
     argv += ("--format", "npz,png,nifti")
     one = command(model_path, tmp_path / "one", *argv)
     subprocess.run([sys.executable, *one], check=True, capture_output=True, env=ENVIRONMENT)
+    interrupt(sample, monkeypatch, tmp_path / "two", *argv)  # begun by one process
     result = torchrun(model_path, tmp_path / "two", *argv)
     assert result.returncode == 0, result.stderr
+    assert "continuing: 2 of 7 samples are there" in result.stdout
     assert result.stdout.count("wrote 7 samples") == 1
     assert_equal_but_for_its_place(tmp_path / "two", tmp_path / "one")
 
     # What is wrong is said once, and nobody waits for anybody.
-    result = torchrun(model_path, tmp_path / "two", *argv)
+    result = torchrun(model_path, tmp_path / "two", *argv, "--sampler", "euler")
     assert result.returncode != 0
-    assert result.stderr.count("already holds something") == 1
+    assert result.stderr.count("error: --sampler euler: choose from") == 1
+    assert "sampling_script.py" not in result.stderr  # in a traceback
 
 
 def test_mpiexec_is_pointed_to_torchrun(sample, tmp_path, monkeypatch):
