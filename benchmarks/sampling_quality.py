@@ -24,15 +24,20 @@ import brats_dataset
 from improved_diffusion import cli, dist_util, execution, sampling, solvers
 from improved_diffusion.evaluation import distribution, validity
 from improved_diffusion.fp16_util import choose_precision
+from improved_diffusion.plots import new_figure
 from improved_diffusion.script_util import load_model_and_diffusion
 
 SETS = (
     "ancestral:1000 ancestral:250 ancestral:100 ancestral:50 ancestral:20 "
-    "ddim:100 ddim:50 ddim:20 ddim:10 "
+    "ancestral:30:logsnr ancestral:20:logsnr ddim:50 ddim:20 ddim:10 "
     "dpmpp_2m:30 dpmpp_2m:20 dpmpp_2m:15 dpmpp_2m:10 dpmpp_2m:7 dpmpp_2m:5 "
-    "unipc:30 unipc:20 unipc:15 unipc:10 unipc:7 unipc:5 "
-    "dpmpp_2m_sde:50 dpmpp_2m_sde:30 dpmpp_2m_sde:20 dpmpp_2m_sde:15 dpmpp_2m_sde:10 "
-    "heun:15 heun:10 heun:8 heun:5"
+    "dpmpp_2m:20:logsnr dpmpp_2m:15:logsnr dpmpp_2m:10:logsnr dpmpp_2m:7:logsnr dpmpp_2m:5:logsnr "
+    "dpmpp_2m:20:karras dpmpp_2m:10:karras dpmpp_2m:20:trailing dpmpp_2m:10:trailing "
+    "dpmpp_2m_sde:50 dpmpp_2m_sde:30 dpmpp_2m_sde:20 dpmpp_2m_sde:10 "
+    "dpmpp_2m_sde:30:logsnr dpmpp_2m_sde:20:logsnr dpmpp_2m_sde:15:logsnr dpmpp_2m_sde:10:logsnr "
+    "dpmpp_2m_sde:20:karras dpmpp_2m_sde:15:karras "
+    "unipc:20 unipc:15 unipc:10 unipc:7 unipc:5 unipc:15:logsnr unipc:10:logsnr unipc:7:logsnr "
+    "heun:10 heun:8 heun:5 heun:8:karras"
 )
 
 
@@ -177,9 +182,8 @@ def report(rows: list[dict[str, Any]]) -> None:
 
 def plot(rows: list[dict[str, Any]], path: str) -> None:
     """The distance of each sampler over its evaluations, with intervals and the floor."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    figure = new_figure()
+    figure.set_size_inches(8, 4.5)
     axes = figure.subplots()
     floor, *others = rows
     samplers = list(dict.fromkeys(row["sampler"] for row in others))

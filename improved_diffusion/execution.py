@@ -77,12 +77,7 @@ def for_training(
         model.compute_dtype = dtype
         if device.type == "cpu":
             _suit_cpu(model)
-    if compile == "off" or (compile == "auto" and device.type != "cuda"):
-        return model
-    if device.type == "cuda" and dtype != torch.float32:
-        # Compiled code keeps this layout through every layer; layers one by one do not.
-        model.to(memory_format=torch.channels_last)
-    return Compiled(model)
+    return _compiled(model, dtype, compile, device, worth=True, reduce_overhead=False)
 
 
 def for_sampling(
@@ -105,20 +100,34 @@ def for_sampling(
     check_compile_mode(compile)
     model.to(device).eval().requires_grad_(False)
     model.compute_dtype = dtype
-    first, *others = model.input_blocks
-    del first  # which computes in float32
+    _, *others = model.input_blocks  # the first computes in float32
     for block in (*others, model.middle_block, *model.output_blocks):
         for layer in block.modules():
             if isinstance(layer, CONVOLUTIONS):
                 layer.to(dtype)
     if device.type == "cpu":
         _suit_cpu(model)
-    worth = device.type == "cuda" and evaluations >= WORTH_COMPILING
-    if compile == "off" or (compile == "auto" and not worth):
+    worth = evaluations >= WORTH_COMPILING
+    return _compiled(model, dtype, compile, device, worth=worth, reduce_overhead=True)
+
+
+def _compiled(
+    model: torch.nn.Module,
+    dtype: torch.dtype,
+    compile: str,
+    device: torch.device,
+    *,
+    worth: bool,
+    reduce_overhead: bool,
+) -> Callable[..., torch.Tensor]:
+    """The network compiled or as it is; ``auto`` compiles on a GPU where that is ``worth`` it."""
+    on_gpu = device.type == "cuda"
+    if compile == "off" or (compile == "auto" and not (on_gpu and worth)):
         return model
-    if device.type == "cuda" and dtype != torch.float32:
+    if on_gpu and dtype != torch.float32:
+        # Compiled code keeps this layout through every layer; layers one by one do not.
         model.to(memory_format=torch.channels_last)
-    return Compiled(model, reduce_overhead=device.type == "cuda")
+    return Compiled(model, reduce_overhead=on_gpu and reduce_overhead)
 
 
 def _suit_cpu(model: torch.nn.Module) -> None:

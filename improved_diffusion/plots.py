@@ -282,7 +282,7 @@ def _points(
 def _draw(
     curves: Sequence[Curve], x_label: str, y_label: str, *, log_x: bool, log_y: bool
 ) -> Figure:
-    figure = _figure()
+    figure = new_figure()
     axes = figure.add_subplot()
     for index, curve in enumerate(curves):
         style = LINE_STYLES[index // len(COLOURS) % len(LINE_STYLES)]
@@ -305,7 +305,11 @@ def _draw(
     return figure
 
 
-def _figure() -> Figure:
+def new_figure() -> Figure:
+    """An empty figure.
+
+    :raises ValueError: matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

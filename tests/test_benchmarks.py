@@ -10,10 +10,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import untrained
 from PIL import Image
-
-from improved_diffusion import checkpoint
-from improved_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 
 ROOT = Path(__file__).parent.parent
 
@@ -89,21 +87,7 @@ def test_drawing_beside_a_reference(tmp_path):
 
 def test_quality_of_samplers(tmp_path):
     """The base is worse than itself in nothing; the floor has no steps."""
-    flags = {
-        **model_and_diffusion_defaults(),
-        "in_channels": 2,
-        "image_size": 16,
-        "num_channels": 32,
-        "num_res_blocks": 1,
-        "channel_mult": "1,1",
-        "attention_resolutions": "8",
-        "num_heads": 1,
-        "diffusion_steps": 20,
-    }
-    model, _ = create_model_and_diffusion(**flags)
-    metadata = {"flags": flags, "channels": ["FLAIR", "Seg"]}
-    weights = checkpoint.with_metadata(model.state_dict(), metadata)
-    checkpoint.save(weights, str(tmp_path / "model000001.pt"))
+    model_path = untrained.save(tmp_path / "model000003.pt", ["FLAIR", "Seg"])
     rng = np.random.default_rng(0)
     for channel in ("FLAIR", "Seg"):
         (tmp_path / "slices" / channel).mkdir(parents=True)
@@ -113,7 +97,7 @@ def test_quality_of_samplers(tmp_path):
             name = f"Subject_00{subject}_slice_{i}.png"
             Image.fromarray(levels).save(tmp_path / "slices" / channel / name)
     out = tmp_path / "out"
-    argv = ("--model_path", tmp_path / "model000001.pt", "--data_dir", tmp_path / "slices")
+    argv = ("--model_path", model_path, "--data_dir", tmp_path / "slices")
     argv += ("--out_dir", out, "--num_samples", 4, "--sets")
     output = run("sampling_quality", *argv, "ancestral:20 heun:3:logsnr")
     rows = json.loads((out / "quality.json").read_text())

@@ -599,8 +599,8 @@ def test_smoothing_over_a_width_does_not_depend_on_the_number_of_rows():
 def axes_of(monkeypatch, plot, *args, **kwargs):
     """The axes that a plot function draws."""
     kept = []
-    make = plots._figure
-    monkeypatch.setattr(plots, "_figure", lambda: kept.append(make()) or kept[-1])
+    make = plots.new_figure
+    monkeypatch.setattr(plots, "new_figure", lambda: kept.append(make()) or kept[-1])
     plot(*args, **kwargs)
     (axes,) = kept[0].axes
     return axes

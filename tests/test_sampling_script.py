@@ -14,38 +14,22 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import untrained
 from test_samples import contents
 
-from improved_diffusion import checkpoint, cli, sampling, sampling_script
+from improved_diffusion import cli, sampling, sampling_script
 from improved_diffusion.nifti_export import BRATS_GEOMETRY
-from improved_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
+from improved_diffusion.script_util import create_model_and_diffusion
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = str(ROOT / "scripts" / "image_sample.py")
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-FLAGS = {
-    **model_and_diffusion_defaults(),
-    "in_channels": 2,
-    "image_size": 16,
-    "num_channels": 32,
-    "num_res_blocks": 1,
-    "channel_mult": "1,1",
-    "attention_resolutions": "8",
-    "num_heads": 1,
-    "diffusion_steps": 50,
-}
 
 
 @pytest.fixture(scope="module")
 def model_path(tmp_path_factory):
-    torch.manual_seed(0)
-    model, _ = create_model_and_diffusion(**FLAGS)
-    for p in model.parameters():
-        torch.nn.init.normal_(p, std=0.1)
-    metadata = {"flags": FLAGS, "channels": ["Seg", "T1CE"], "step": 3}
-    path = str(tmp_path_factory.mktemp("model") / "model000003.pt")
-    checkpoint.save(checkpoint.with_metadata(model.state_dict(), metadata), path)
-    return path
+    path = tmp_path_factory.mktemp("model") / "model000003.pt"
+    return untrained.save(path, ["Seg", "T1CE"])
 
 
 @pytest.fixture
@@ -224,10 +208,10 @@ def interrupt(sample, monkeypatch, out, *argv):
 def test_what_a_checkpoint_does_not_tell_is_kept_too(sample, tmp_path, monkeypatch):
     """Without flags in the file, they determine the samples from the command line."""
     path = str(tmp_path / "plain.pt")
-    model, _ = create_model_and_diffusion(**FLAGS)
+    model, _ = create_model_and_diffusion(**untrained.FLAGS)
     torch.save(dict(model.state_dict()), path)
     names = ("image_size", "diffusion_steps", "num_heads", "rescale_timesteps")
-    argv = [word for name in names for word in (f"--{name}", FLAGS[name])]
+    argv = [word for name in names for word in (f"--{name}", untrained.FLAGS[name])]
     argv += ["--model_path", path, "--num_samples", 4, "--batch_size", 2, "--sampling_steps", 2]
     out = tmp_path / "out"
     interrupt(sample, monkeypatch, out, *argv, "--noise_schedule", "linear")
