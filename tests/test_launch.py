@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import resource
 import signal
 import subprocess
 import sys
@@ -38,7 +40,7 @@ class Folder:
         self.path, self.tools = path, tools
         self.pid_file = path / "PID_current.txt"
         self.output = path / "output.txt"
-        self.env = {**os.environ, "PYTHON": sys.executable, "RUN_SCRIPT_WATCH": "1"}
+        self.env = {**os.environ, "PYTHON": sys.executable, "RUN_SCRIPT_WATCH": "0"}
         self.env.pop(MARK, None)
 
     def write(self, name, text):
@@ -50,7 +52,7 @@ class Folder:
     def kill(self, *args):
         return self.popen("kill_pid.sh", *args).finish()
 
-    def popen(self, tool, *args, **env):
+    def popen(self, tool, *args, preexec_fn=None, **env):
         process = subprocess.Popen(
             [self.tools / tool, *args],
             cwd=self.path,
@@ -59,6 +61,7 @@ class Folder:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            preexec_fn=preexec_fn,
         )
         process.finish = lambda: finish(process)
         return process
@@ -82,8 +85,8 @@ def is_alive(pid):
     return state.stdout.strip()[:1] not in ("", "Z")
 
 
-def wait_for(condition, what):
-    end = time.monotonic() + 10
+def wait_for(condition, what, seconds=20):
+    end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, f"{what} did not happen"
         time.sleep(0.05)
@@ -115,12 +118,14 @@ def other_program():
 
 @pytest.fixture
 def without_proc(folder, tmp_path):
-    """The folder, worked in as on a system without /proc."""
+    """The folder, worked in as on macOS, which has neither /proc nor setsid and flock."""
     folder.tools = tmp_path / "the tools"
     folder.tools.mkdir()
     for name in ("run_script.sh", "kill_pid.sh"):
         copy = folder.tools / name
-        copy.write_text((ROOT / name).read_text().replace("/proc/", "/no-such-proc/"))
+        text = (ROOT / name).read_text().replace("/proc/", "/no-such-proc/")
+        text = text.replace("command -v setsid", "false").replace("command -v flock", "false")
+        copy.write_text(text)
         copy.chmod(0o755)
     return folder
 
@@ -142,7 +147,7 @@ def check_a_whole_run(folder, script):
     assert "to stderr\n" in output
 
     second = folder.start(script)
-    assert second.returncode == 1
+    assert second.returncode == 2
     assert str(facts["pid"]) in second.stderr
     assert "kill_pid.sh" in second.stderr
     assert second.stderr.count("\n") == 1
@@ -192,13 +197,14 @@ def test_a_run_that_ignores_sigterm_is_killed_after_the_limit(folder):
 
 
 # Forks workers that ignore SIGTERM: one in the run's group, one in a group and one in a session of
-# its own, and one in the group without its environment.
+# its own, one in the group without its environment and one in a session without it.
 FORKS = f"""
 import os, signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 def start(**kwargs):
     return subprocess.Popen([sys.executable, "-c", {SLEEPS!r}], **kwargs).pid
-workers = [start(), start(preexec_fn=os.setpgrp), start(start_new_session=True), start(env={{}})]
+workers = [start(), start(preexec_fn=os.setpgrp), start(start_new_session=True), start(env={{}}),
+           start(start_new_session=True, env={{}})]
 open("workers.tmp", "w").write(" ".join(map(str, workers)))
 os.rename("workers.tmp", "workers")
 if sys.argv[1] == "hears":
@@ -222,7 +228,7 @@ def test_no_forked_worker_is_left(request, system, leader, leader_is_killed_firs
         os.kill(pid, signal.SIGKILL)
         wait_for(lambda: not is_alive(pid), "the leader's death")
         refused = folder.start("forks.py", leader)
-        assert refused.returncode == 1
+        assert refused.returncode == 2
         assert "still alive" in refused.stderr
     assert folder.kill("1").returncode == 0
     assert not any(map(is_alive, [pid, *workers]))
@@ -274,7 +280,7 @@ def test_of_many_starts_at_once_one_wins(folder):
     folder.pid_file.write_text("999999999\n")  # stale, which all of them see
     starts = [folder.popen("run_script.sh", "sleeps.py") for _ in range(6)]
     results = [start.finish() for start in starts]
-    assert sorted(r.returncode for r in results) == [0, 1, 1, 1, 1, 1], [r.stderr for r in results]
+    assert sorted(r.returncode for r in results) == [0, 2, 2, 2, 2, 2], [r.stderr for r in results]
     pid = folder.pid
     for result in results:
         assert str(pid) in result.stdout + result.stderr
@@ -282,9 +288,188 @@ def test_of_many_starts_at_once_one_wins(folder):
     assert is_alive(pid)
 
 
+def appended_pids(path):
+    return [int(line) for line in path.read_text().split()] if path.exists() else []
+
+
+APPENDS_PID = "echo $$ >>pids; exec sleep 60"
+
+
+def test_starts_and_kills_at_once_leave_nothing(folder):
+    folder.write("sleeps.sh", APPENDS_PID)
+    start, kill, pids = ("run_script.sh", "sleeps.sh"), ("kill_pid.sh",), folder.path / "pids"
+    delay = random.Random(0)
+    for _ in range(4):
+        tools = []
+        for tool in (start, kill, kill, start, kill):
+            tools.append(folder.popen(*tool))
+            time.sleep(delay.uniform(0, 0.1))
+        for tool in tools:
+            assert tool.finish().returncode in (0, 2, 128 + signal.SIGTERM)
+        # Whatever the order was, one process at most is left, and it is recorded.
+        recorded = [folder.pid] if folder.pid_file.exists() else []
+        for pid in recorded:
+            wait_for(lambda pid=pid: pid in appended_pids(pids), "the script's start")
+        assert [pid for pid in appended_pids(pids) if is_alive(pid)] == recorded
+        if recorded:
+            assert folder.kill().returncode == 0
+            assert not is_alive(recorded[0])
+
+
+def test_a_start_that_is_killed_does_not_block_the_next(folder):
+    folder.write("sleeps.sh", APPENDS_PID)
+    delay = random.Random(1)
+    for _ in range(6):
+        killed = folder.popen("run_script.sh", "sleeps.sh")
+        time.sleep(delay.uniform(0, 0.15))
+        killed.kill()
+        killed.wait()
+        began = time.monotonic()
+        result = folder.start("sleeps.sh")
+        assert result.returncode == 0 or "still alive" in result.stderr
+        assert time.monotonic() - began < 20  # a start waits 30 s for one that is under way
+        pid = folder.pid
+        wait_for(lambda pid=pid: pid in appended_pids(folder.path / "pids"), "the script's start")
+        alive = [other for other in appended_pids(folder.path / "pids") if is_alive(other)]
+        assert alive == [pid]
+        assert folder.kill().returncode == 0
+        assert not is_alive(pid)
+
+
+def test_a_renamed_folder_keeps_its_run_and_a_new_one_of_its_name_has_none(folder):
+    folder.write("sleeps.py", SLEEPS)
+    assert folder.start("sleeps.py").returncode == 0
+    pid, old = folder.pid, folder.path
+    folder.path = old.rename(old.with_name("renamed"))
+    folder.pid_file = folder.path / "PID_current.txt"
+
+    new = Folder(old, ROOT)
+    old.mkdir()
+    new.write("sleeps.py", SLEEPS)
+    assert new.start("sleeps.py").returncode == 0
+    assert new.pid != pid
+    assert new.kill("5").returncode == 0
+    assert is_alive(pid)
+
+    assert folder.start("sleeps.py").returncode == 2
+    stopped = folder.kill("5")
+    assert "ended" in stopped.stdout
+    assert not is_alive(pid)
+
+
+def test_a_folder_whose_name_begins_with_another_and_a_line_break(folder, tmp_path):
+    folder.write("sleeps.py", SLEEPS)
+    assert folder.start("sleeps.py").returncode == 0
+    longer = Folder(folder.path.with_name(f"{folder.path.name}\nx"), ROOT)
+    longer.path.mkdir()
+    longer.write("sleeps.py", SLEEPS)
+    assert longer.start("sleeps.py").returncode == 0
+    pid = longer.pid
+    assert longer.kill("5").returncode == 0
+    assert not is_alive(pid)
+    assert is_alive(folder.pid)
+
+
+def test_a_process_name_cut_in_the_middle_of_a_character(folder):
+    program = folder.path / "-ääääääääää"  # the system keeps 15 bytes
+    program.write_text("#!/bin/bash\nunset BASH_ENV\nwhile :; do sleep 0.1; done\n")
+    program.chmod(0o755)
+    assert folder.start("./-ääääääääää", LC_ALL="C.UTF-8", RUN_SCRIPT_WATCH="1").returncode == 0
+    pid = folder.pid
+    assert folder.kill("5").returncode == 0
+    assert not is_alive(pid)
+
+
+def test_a_suspended_run_is_woken_to_save(folder):
+    folder.write("saves.py", SAVES)
+    assert folder.start("saves.py").returncode == 0
+    read_when_there(folder.path / "facts.json")
+    os.kill(folder.pid, signal.SIGSTOP)
+    assert folder.kill("20").returncode == 0
+    assert (folder.path / "saved").read_text() == "checkpoint"
+
+
+# Notes each SIGTERM, and saves for a while after the first one.
+SAVES_SLOWLY = """
+import os, signal, sys, time
+rank = os.environ.get("RANK") or sys.argv[1]
+def save(*_):
+    first = not os.path.exists("terms" + rank)
+    open("terms" + rank, "a").write("x")
+    if first:
+        time.sleep(1.5)
+        open("saved" + rank, "w").write("checkpoint")
+        os._exit(0)
+signal.signal(signal.SIGTERM, save)
+open("ready" + rank, "w").write(str(os.getpid()))
+time.sleep(60)
+"""
+# Starts two workers in sessions of their own and kills them when it is asked to end, as Open MPI's
+# mpiexec does.
+LAUNCHES = """
+import signal, subprocess, sys
+def kill(*_):
+    [worker.kill() for worker in workers]
+    sys.exit(1)
+workers = [subprocess.Popen([sys.argv[1], "saves.py", rank], start_new_session=True)
+           for rank in "01"]
+signal.signal(signal.SIGTERM, kill)
+[worker.wait() for worker in workers]
+"""
+TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=2 saves.py"
+
+
+@pytest.mark.parametrize(
+    ("system", "launcher", "is_killed_first"),
+    [
+        ("folder", "mpiexec", False),
+        ("folder", "mpiexec", True),
+        ("without_proc", "mpiexec", False),
+        ("folder", "torchrun", False),
+    ],
+)
+def test_workers_of_a_launcher_save(request, tmp_path, system, launcher, is_killed_first):
+    folder = request.getfixturevalue(system)
+    folder.write("saves.py", SAVES_SLOWLY)
+    folder.write("launches.py", LAUNCHES)
+    mpiexec = tmp_path / "mpiexec"
+    mpiexec.symlink_to(sys.executable)
+    command = f'"{mpiexec}" launches.py "{sys.executable}"'
+    if launcher == "torchrun":
+        command = f'OMP_NUM_THREADS=1 exec "{sys.executable}" {TORCHRUN}'
+    folder.write("run.sh", command)
+    assert folder.start("run.sh").returncode == 0
+    wait_for(lambda: (folder.path / "ready0").exists(), "the first worker's start", 60)
+    wait_for(lambda: (folder.path / "ready1").exists(), "the second worker's start", 60)
+    workers = [int((folder.path / f"ready{rank}").read_text()) for rank in "01"]
+    if is_killed_first:
+        os.killpg(folder.pid, signal.SIGKILL)
+    stopped = folder.kill("25")
+    assert stopped.returncode == 0
+    assert "killed" not in stopped.stdout
+    assert not any(map(is_alive, workers))
+    for rank in "01":
+        assert (folder.path / f"saved{rank}").read_text() == "checkpoint"
+        assert (folder.path / f"terms{rank}").read_text() == "x"
+
+
+def test_a_run_cannot_stop_itself(folder):
+    folder.write("stops.sh", f"'{ROOT}/kill_pid.sh' 2>refusal; echo $? >status; exec sleep 60")
+    assert folder.start("stops.sh").returncode == 0
+    wait_for(lambda: (folder.path / "status").exists(), "the script's call")
+    assert (folder.path / "status").read_text() == "2\n"
+    assert "cannot stop itself" in (folder.path / "refusal").read_text()
+    pid = folder.pid
+    assert folder.kill("5").returncode == 0
+    assert not is_alive(pid)
+
+
+WATCHED = {"RUN_SCRIPT_WATCH": "25"}
+
+
 def test_an_early_failure_is_shown(folder):
     folder.write("fails.py", "import sys; print('unknown flag --bath_size'); sys.exit(7)")
-    result = folder.start("fails.py")
+    result = folder.start("fails.py", **WATCHED)
     assert result.returncode == 7
     assert "ended at once" in result.stderr
     assert "unknown flag --bath_size" in result.stderr
@@ -294,14 +479,14 @@ def test_an_early_failure_is_shown(folder):
 
 def test_shell_scripts_and_executables(folder):
     folder.write("run.sh", 'echo "$1" > shell; exit 3')
-    assert folder.start("run.sh", "a b").returncode == 3
+    assert folder.start("run.sh", "a b", **WATCHED).returncode == 3
     assert (folder.path / "shell").read_text() == "a b\n"
     folder.write("program", '#!/bin/sh\necho "$1" > program.out; exit 4\n')
     refused = folder.start("program", "c d")
     assert refused.returncode == 2
     assert "executable" in refused.stderr
     (folder.path / "program").chmod(0o755)
-    assert folder.start("program", "c d").returncode == 4
+    assert folder.start("program", "c d", **WATCHED).returncode == 4
     assert (folder.path / "program.out").read_text() == "c d\n"
 
 
@@ -310,7 +495,7 @@ def test_the_active_virtual_environment_runs_python_scripts(folder, tmp_path):
     (venv / "bin").mkdir(parents=True)
     (venv / "bin" / "python").symlink_to(sys.executable)
     folder.write("which.py", "import os, sys; print(sys.executable)")
-    assert folder.start("which.py", PYTHON="", VIRTUAL_ENV=str(venv)).returncode == 0
+    assert folder.start("which.py", PYTHON="", VIRTUAL_ENV=str(venv), **WATCHED).returncode == 0
     assert folder.output.read_text() == f"{venv}/bin/python\n"
 
 
@@ -322,6 +507,7 @@ def test_wrong_use_writes_nothing(folder):
         folder.start("missing.py"),
         folder.start(str(folder.path)),
         folder.start("sleeps.py", PYTHON="/no/such/python"),
+        folder.start("sleeps.py", RUN_SCRIPT_WATCH="a while"),
         folder.kill(),
         folder.kill("soon"),
         folder.kill("-5"),
@@ -343,13 +529,45 @@ def test_a_pid_file_without_a_pid_stops_nothing(folder, content):
     folder.pid_file.unlink()
 
 
+@pytest.mark.parametrize("make", [Path.mkdir, os.mkfifo, lambda path: path.symlink_to(os.devnull)])
+def test_a_pid_file_that_is_no_file_stops_and_starts_nothing(folder, make):
+    folder.write("sleeps.py", SLEEPS)
+    make(folder.pid_file)
+    for result in (folder.kill("0"), folder.start("sleeps.py")):
+        assert result.returncode == 2
+        assert "no process ID" in result.stderr
+    assert not folder.output.exists()
+    folder.pid_file.rmdir() if folder.pid_file.is_dir() else folder.pid_file.unlink()
+
+
+def test_a_full_disk_starts_nothing(folder):
+    folder.write("sleeps.py", SLEEPS)
+    full = folder.popen(
+        "run_script.sh",
+        "sleeps.py",
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0)),
+    ).finish()
+    assert full.returncode == 2
+    assert "PID_current.txt cannot be written" in full.stderr
+    assert [p.name for p in folder.path.iterdir()] == ["sleeps.py"]
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no folder that even root cannot fill")
+def test_a_folder_that_not_even_root_can_write_to(folder):
+    folder.write("sleeps.py", SLEEPS)
+    script, folder.path = folder.path / "sleeps.py", Path("/proc")
+    result = folder.start(str(script))
+    assert result.returncode == 2
+    assert "written" in result.stderr
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write into every folder")
 def test_a_folder_that_cannot_be_written_to(folder):
     folder.write("sleeps.py", SLEEPS)
     folder.path.chmod(0o555)
     try:
         result = folder.start("sleeps.py")
-        assert result.returncode == 1
+        assert result.returncode == 2
         assert "cannot be written" in result.stderr
         assert [p.name for p in folder.path.iterdir()] == ["sleeps.py"]
     finally:
