@@ -148,7 +148,7 @@ def grid_layout(
     """
     n, height, width, channels = shape
     scale = scale or max(1, math.ceil(min_panel / min(height, width)))
-    header = 0 if plain else _text_height(_font_size(height * scale)) + 4
+    header = 0 if plain else text_height(font_size_for(height * scale)) + 4
     gap = PANEL_GAP if plain else BLOCK_GAP
 
     def layout(columns: int) -> GridLayout:
@@ -610,8 +610,8 @@ def _draw_sets(
     lines: bool,
 ) -> Image.Image:
     """Grids of one layout from left to right, each below its title."""
-    font = _font(_font_size(layout.panel_height) * 4 // 3)
-    heading = _text_height(font.size) + BLOCK_GAP
+    font = load_font(font_size_for(layout.panel_height) * 4 // 3)
+    heading = text_height(font.size) + BLOCK_GAP
     grid_width, height = layout.size
     # A title that is wider than its grid makes room for itself.
     longest = max(math.ceil(font.getlength(title)) for title in titles)
@@ -638,7 +638,7 @@ def _draw_samples(
 ) -> None:
     left, top = origin
     draw = ImageDraw.Draw(canvas)
-    font = _font(_font_size(layout.panel_height))
+    font = load_font(font_size_for(layout.panel_height))
     for column in range(layout.columns):
         for index, title in enumerate(panels.titles):
             x, y = layout.corner(column, index)
@@ -662,16 +662,16 @@ def _canvas(width: int, height: int, panels: _Panels, layout: GridLayout) -> Ima
         return Image.new("RGB", (width, height), PAPER)
     # Outlines leave the background as it is.
     codes = MASK_CODES[1:] if panels.masks == "outlines" else MASK_CODES
-    legend = _legend(codes, width, _font_size(layout.panel_height))
+    legend = draw_legend(codes, width, font_size_for(layout.panel_height))
     canvas = Image.new("RGB", (max(width, legend.width), height + legend.height), PAPER)
     canvas.paste(legend, (0, height))
     return canvas
 
 
-def _legend(codes: Sequence[int], width: int, font_size: int) -> Image.Image:
+def draw_legend(codes: Sequence[int], width: int, font_size: int) -> Image.Image:
     """The labels' colours and names, in as many lines as ``width`` asks for."""
-    font = _font(font_size)
-    line = _text_height(font_size) + 6
+    font = load_font(font_size)
+    line = text_height(font_size) + 6
     swatch = line - 6
     places, x, y = [], BLOCK_GAP, 0
     for code in codes:
@@ -690,14 +690,14 @@ def _legend(codes: Sequence[int], width: int, font_size: int) -> Image.Image:
     return legend
 
 
-def _font_size(panel_height: int) -> int:
+def font_size_for(panel_height: int) -> int:
     return max(14, panel_height // 14)
 
 
-def _font(size: int) -> ImageFont.FreeTypeFont:
+def load_font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.load_default(size)
 
 
-def _text_height(size: int) -> int:
-    ascent, descent = _font(size).getmetrics()
+def text_height(size: int) -> int:
+    ascent, descent = load_font(size).getmetrics()
     return ascent + descent

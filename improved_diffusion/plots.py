@@ -173,7 +173,7 @@ def loss_plot(
     check_extension(out_path, ("png", "pdf"))
     curves = loss_curves(progress_csv, smooth=smooth, x=x, log_x=log_x, terms=terms)
     what = "training loss" if terms is None else "value"
-    _save(_draw(curves, X_LABELS[x], what, log_x=log_x, log_y=log_y), out_path)
+    save_figure(_draw(curves, X_LABELS[x], what, log_x=log_x, log_y=log_y), out_path)
 
 
 def run_curves(
@@ -235,7 +235,7 @@ def curve_plot(
     """
     check_extension(out_path, ("png", "pdf"))
     curves = run_curves(runs, term=term, x=x, smooth=smooth, log_x=log_x, x_max=x_max)
-    _save(_draw(curves, X_LABELS[x], _term_label(term), log_x=log_x, log_y=log_y), out_path)
+    save_figure(_draw(curves, X_LABELS[x], _term_label(term), log_x=log_x, log_y=log_y), out_path)
 
 
 def _term_label(term: str) -> str:
@@ -320,7 +320,7 @@ def new_figure() -> Figure:
     return Figure(figsize=(7, 4.6), layout="constrained")
 
 
-def _save(figure: Figure, path: str) -> None:
+def save_figure(figure: Figure, path: str) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, format=check_extension(path, ("png", "pdf")), dpi=200)
     with atomic_write(path) as file:

@@ -1,11 +1,15 @@
 """Measures of samples against values counted by hand and known distributions."""
 
+import dataclasses
+import json
+
 import numpy as np
 import pytest
 import torch
+from phantom_slices import phantom_slices
 
+from improved_diffusion.brats import CHANNELS as ALL_CHANNELS
 from improved_diffusion.evaluation import distribution, validity
-from improved_diffusion.phantom import phantom_patient
 
 CHANNELS = ["FLAIR", "Seg", "T1CE"]
 
@@ -120,15 +124,7 @@ def test_other_arrays_are_refused(samples, channels, message):
 @pytest.fixture(scope="module")
 def slices():
     """Slices of phantom patients at 60 x 60: FLAIR, T1CE."""
-    found = []
-    for index in range(4):
-        volumes = phantom_patient(0, index)
-        for z in range(50, 98, 3):
-            planes = [
-                volumes[name][::4, ::4, z] / volumes[name].max() * 255 for name in ("flair", "t1ce")
-            ]
-            found.append(np.stack(planes, axis=-1))
-    return np.stack(found).round().astype(np.uint8)
+    return np.concatenate([phantom_slices(index) for index in range(4)])[..., [0, 3]]
 
 
 def test_shuffled_channels_are_noticed(slices):
@@ -137,6 +133,294 @@ def test_shuffled_channels_are_noticed(slices):
     shuffled[..., 1] = np.roll(slices[..., 1], 11, axis=0)
     assert validity.channel_agreement(slices, names).mean() > 0.97
     assert validity.channel_agreement(shuffled, names).mean() < 0.9
+
+
+# --- limits from real slices, and flags -----------------------------------------------------------
+
+FLAIR, SEG = ALL_CHANNELS.index("FLAIR"), ALL_CHANNELS.index("Seg")
+
+
+@pytest.fixture(scope="module")
+def real():
+    """Two halves of phantom slices with all channels, by patient: uint8 [32, 60, 60, 5] each."""
+    return tuple(np.concatenate([phantom_slices(i), phantom_slices(i + 1)]) for i in (0, 2))
+
+
+@pytest.fixture(scope="module")
+def thresholds(real):
+    return validity.calibrate(validity.measure(real[0], ALL_CHANNELS))
+
+
+def checked(samples, thresholds, channels=ALL_CHANNELS):
+    """Flags of a set and its report."""
+    measured = validity.measure(samples, channels)
+    flags = validity.check(measured, thresholds)
+    return flags, validity.report(measured, flags)
+
+
+def flagged_shares(report):
+    """(flag, channel) -> share, where it is above 0."""
+    return {
+        (flag, channel): found["value"]
+        for flag, of_channels in report["flagged"].items()
+        for channel, found in of_channels.items()
+        if found["value"] > 0
+    }
+
+
+def numbers(found, path=()):
+    """Every interval in a report: path -> {"value", "low", "high"}."""
+    if "low" in found:
+        return {path: found}
+    return {
+        key: own
+        for name, part in found.items()
+        if isinstance(part, dict)
+        for key, own in numbers(part, (*path, name)).items()
+    }
+
+
+def test_measures_of_every_sample_by_hand():
+    checkers = np.indices((32, 32)).sum(axis=0) % 2 * 100
+    half = square(32, 0, 0, 32, 255)
+    half[16:] = 100
+    mask = square(32, 8, 8, 8, 51)
+    mask[8:12, 8:16] = 103
+    mask[0] = 2  # residue, in the border frame
+    samples = np.stack([checkers.astype(np.uint8), mask, half], axis=-1)[None]
+    found = validity.measure(samples, CHANNELS)
+    assert (found.count, found.size, found.channels) == (1, (32, 32), tuple(CHANNELS))
+    values = {
+        (name, channel): own.item()
+        for name, of_channels in found.values.items()
+        for channel, own in of_channels.items()
+    }
+    # Every neighbour differs by twice the deviation: 1 - 100^2 / (2 50^2).
+    assert values["neighbour_likeness", "FLAIR"] == pytest.approx(-1)
+    deviation = 155 / 2
+    changes = 32 / (2 * 31 * 32)  # between the two halves
+    likeness = 1 - changes * 155**2 / (2 * deviation**2)
+    assert values["neighbour_likeness", "T1CE"] == pytest.approx(likeness)
+    assert values["contrast", "FLAIR"] == 100 and values["contrast", "T1CE"] == 155
+    # 8 x 8 in two halves: its outline has 32 pairs, its middle 8.
+    assert values["label_changes", "Seg"] == pytest.approx(40 / (2 * 31 * 32))
+    assert values["label_51", "Seg"] == values["label_102", "Seg"] == 32 / 1024
+    assert values["label_204", "Seg"] == 0
+    assert values["largest_label", "Seg"] == 32 / 1024
+    assert values["off_code", "Seg"] == 0
+    # The background is the median of both halves; all that is well above it is white.
+    frame = np.concatenate(
+        [half[:2].ravel(), half[-2:].ravel(), half[2:-2, [0, 1, -2, -1]].ravel()]
+    )
+    assert values["background_level", "T1CE"] == np.median(frame)
+    assert values["background_spread", "T1CE"] == 155
+    assert values["white", "T1CE"] == 1 and values["white", "FLAIR"] == 0
+    assert values["channel_agreement", "images"] == validity.channel_agreement(samples, CHANNELS)
+
+
+def test_measures_do_not_depend_on_the_blocks(real, monkeypatch):
+    whole = validity.measure(real[0], ALL_CHANNELS)
+    monkeypatch.setattr(validity, "BLOCK_PIXELS", 5 * 60 * 60)
+    blocks = validity.measure(real[0], ALL_CHANNELS)
+    for name, of_channels in whole.values.items():
+        for channel, values in of_channels.items():
+            np.testing.assert_allclose(values, blocks.values[name][channel], rtol=1e-12)
+    assert (
+        whole.values["mask_outside_brain"]["Seg"].tolist()
+        == validity.mask_outside_brain(real[0], ALL_CHANNELS).tolist()
+    )
+
+
+def test_real_slices_pass(real, thresholds):
+    """The half that calibrated, and the other patients."""
+    for half in real:
+        flags, report = checked(half, thresholds)
+        assert not flags.any().any() and flags.reasons == []
+        assert report["valid_share"]["value"] == 1
+        assert report["valid_share"]["low"] == pytest.approx(32 / (32 + 1.96**2), rel=1e-4)
+        assert report["background_level"]["T2"]["value"] == 0
+        assert report["off_code_share"]["value"] == 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 10])
+def test_few_real_slices_calibrate_sensibly(real, count):
+    """Margins let other patients' slices pass, and still find noise and a black channel."""
+    for start in (0, 20):
+        few = real[0][start : start + count]
+        thresholds = validity.calibrate(validity.measure(few, ALL_CHANNELS))
+        assert not checked(real[1], thresholds)[0].any().any()
+        broken = real[1].copy()
+        broken[0, ..., SEG] = np.random.default_rng(0).integers(0, 256, (60, 60))
+        broken[1, ..., FLAIR] = 0
+        assert np.flatnonzero(checked(broken, thresholds)[0].any()).tolist() == [0, 1]
+
+
+def test_of_real_slices_99_percent_pass(monkeypatch):
+    """The limits share the 1 %, so it holds together; without their margins something is left."""
+    bare = tuple(dataclasses.replace(rule, factor=1, margin=0) for rule in validity.RULES)
+    monkeypatch.setattr(validity, "RULES", bare)
+    rng = np.random.default_rng(0)
+    values = {rule.measure: {"T1": rng.standard_cauchy(20_000)} for rule in bare}
+    measured = validity.Measured(("T1",), (8, 8), values, 20_000)
+    flagged = validity.check(measured, validity.calibrate(measured)).any().mean()
+    assert 0.004 < flagged <= 0.01
+
+
+def test_limits_never_exclude_what_they_are_calibrated_on():
+    """Not even checkers, whose neighbours are less alike than noise."""
+    checkers = np.broadcast_to(np.indices((16, 16)).sum(axis=0)[..., None] % 2 * 200, (16, 16, 3))
+    measured = validity.measure(checkers[None].astype(np.uint8), CHANNELS)
+    assert not validity.check(measured, validity.calibrate(measured)).any().any()
+
+
+def test_limits_are_plain_numbers_of_one_kind(real, thresholds):
+    stored = json.loads(json.dumps(dataclasses.asdict(thresholds)))
+    flags, _ = checked(real[1], validity.Thresholds(**stored))
+    assert not flags.any().any()
+    with pytest.raises(ValueError, match="60 x 60 pixels, channels FLAIR, Seg, T1, T1CE, T2"):
+        checked(real[1][:, :32, :32], thresholds)
+    with pytest.raises(ValueError, match="but the samples are of 60 x 60 pixels, channels T1"):
+        checked(real[1][..., [2]], thresholds, ["T1"])
+
+
+RNG = np.random.default_rng(0)
+UNIFORM = RNG.integers(0, 256, (60, 60))
+FAINT = RNG.normal(0, 25, (60, 60)).clip(0, 255)
+GREY_NOISE = RNG.normal(110, 30, (60, 60)).clip(0, 255)
+CODES = RNG.choice([0, 51, 102, 204], (60, 60))
+
+
+@pytest.mark.parametrize(
+    ("channel", "change", "expected"),
+    [
+        ("Seg", lambda own: UNIFORM, {("noise_only", "Seg"), ("off_code", "Seg")}),
+        ("Seg", lambda own: FAINT, {("noise_only", "Seg"), ("off_code", "Seg")}),
+        ("Seg", lambda own: CODES, {("noise_only", "Seg")}),
+        ("T1", lambda own: UNIFORM, {("noise_only", "T1")}),
+        ("T1", lambda own: GREY_NOISE, {("noise_only", "T1")}),
+        ("T1", lambda own: FAINT, {("noise_only", "T1")}),
+        ("T1", lambda own: 0 * own, {("constant", "T1")}),
+        ("T1", lambda own: 0 * own + 128 + UNIFORM % 3, {("constant", "T1")}),
+        ("T1", lambda own: 0 * own + 255, {("constant", "T1"), ("saturated", "T1")}),
+        ("T1", lambda own: own * 5, {("saturated", "T1")}),
+        ("T2", lambda own: own + 20, {("drifted_background", "T2")}),
+        ("T1", lambda own: own + 90, {("drifted_background", "T1"), ("saturated", "T1")}),
+        ("T1", lambda own: own + UNIFORM % 15, {("drifted_background", "T1")}),
+        ("Seg", lambda own: 0 * own + 102, {("constant", "Seg")}),
+        ("Seg", lambda own: own + 9, {("drifted_background", "Seg")}),
+        ("Seg", lambda own: own + 15, {("drifted_background", "Seg"), ("off_code", "Seg")}),
+        # What is no failure: an empty mask, two levels of residue in it, a dark or noisy channel.
+        ("Seg", lambda own: 0 * own, set()),
+        ("Seg", lambda own: 0 * own + UNIFORM % 3, set()),
+        ("T1", lambda own: own * 0.6, set()),
+        ("T1", lambda own: own + (own > 0) * (UNIFORM % 31 - 15), set()),
+    ],
+)
+def test_each_failure_moves_its_number_and_only_that(real, thresholds, channel, change, expected):
+    samples = real[1].copy()
+    broken = [0, 11, 31]
+    index = ALL_CHANNELS.index(channel)
+    changed = change(samples[broken, ..., index].astype(float))
+    samples[broken, ..., index] = changed.clip(0, 255)
+    flags, report = checked(samples, thresholds)
+    assert flagged_shares(report) == dict.fromkeys(expected, pytest.approx(3 / 32))
+    assert np.flatnonzero(flags.any()).tolist() == (broken if expected else [])
+    assert {reason["index"] for reason in flags.reasons} == (set(broken) if expected else set())
+    _, before = checked(real[1], thresholds)
+    if channel != "Seg":  # what the masks show is as it was
+        for name in ("off_code_share", "tumour_area", "empty_mask_share", "label_shares"):
+            assert report[name] == before[name]
+    agreement = report["channel_agreement"]["value"] - before["channel_agreement"]["value"]
+    assert abs(agreement) < 0.01
+
+
+def test_shuffled_channels_move_the_agreement_only(real, thresholds):
+    samples = real[1].copy()
+    samples[..., FLAIR] = samples[np.roll(np.arange(32), 21), ..., FLAIR]
+    _, report = checked(samples, thresholds)
+    assert set(flagged_shares(report)) == {("channels_disagree", "images")}
+    _, before = checked(real[1], thresholds)
+    assert report["channel_agreement"]["high"] < before["channel_agreement"]["low"]
+    same = {"background_level", "off_code_share", "tumour_area", "label_shares"}
+    assert {name: report[name] for name in same} == {name: before[name] for name in same}
+
+
+def test_a_tumour_outside_the_brain_is_flagged(real, thresholds):
+    samples = real[1].copy()
+    tumour = (samples[..., SEG] > 0).mean(axis=(1, 2)) > 0.01
+    samples[..., SEG] = np.roll(samples[..., SEG], 30, axis=1)
+    _, report = checked(samples, thresholds)
+    assert flagged_shares(report)["mask_outside", "Seg"] > 0.5 * tumour.mean()
+    assert report["mask_outside_brain"]["value"] > 0.5
+    assert report["tumour_area"] == checked(real[1], thresholds)[1]["tumour_area"]
+
+
+def test_collapsed_and_blurred_sets_are_valid(real, thresholds):
+    """Other measures find them."""
+    collapsed = np.repeat(real[1][5:6], 20, axis=0)
+    assert not checked(collapsed, thresholds)[0].any().any()
+    images = torch.from_numpy(real[1].astype(np.float32)).permute(0, 3, 1, 2)
+    blurred = torch.nn.functional.avg_pool2d(images, 3, 1, padding=1).permute(0, 2, 3, 1).numpy()
+    blurred[..., SEG] = real[1][..., SEG]
+    assert not checked(blurred.astype(np.uint8), thresholds)[0].any().any()
+
+
+def test_the_reasons_name_what_was_found(real, thresholds):
+    samples = real[1][:4].copy()
+    samples[2, ..., FLAIR] = 7
+    samples[1, ..., SEG] = UNIFORM
+    flags, _ = checked(samples, thresholds)
+    assert [(own["index"], own["channel"], own["reason"]) for own in flags.reasons] == [
+        (1, "Seg", "noise only"),
+        (1, "Seg", "off code"),
+        (2, "FLAIR", "constant"),
+    ]
+    constant = flags.reasons[-1]
+    assert constant["value"] == 0 and constant["limit"] == thresholds.limits["contrast"]["FLAIR"]
+    assert constant["measure"] == "levels between the 1st and 99th percentile"
+    json.dumps(flags.reasons)
+
+
+@pytest.mark.parametrize("count", [1, 2, 10])
+def test_few_samples_have_wide_intervals(real, thresholds, count):
+    samples = real[1][:count].copy()
+    samples[0, ..., FLAIR] = 0
+    _, report = checked(samples, thresholds)
+    json.dumps(report, allow_nan=False)
+    for found in numbers(report).values():
+        assert 0 <= found["low"] <= found["value"] <= found["high"] <= 255
+    shares = [own for path, own in numbers(report).items() if path[0] == "flagged"]
+    assert all(own["high"] - own["low"] > 0.25 for own in shares)
+    assert report["flagged"]["constant"]["FLAIR"]["value"] == 1 / count
+    if count == 1:
+        assert report["tumour_area"] | {"value": 0} == {"value": 0, "low": 0, "high": 1}
+        assert "channel_agreement" not in report  # its only sample has no FLAIR
+
+
+def test_masks_or_images_alone(real):
+    for channels in (["Seg"], ["T1"], ["Seg", "T1"]):
+        samples = real[0][..., [ALL_CHANNELS.index(name) for name in channels]]
+        thresholds = validity.calibrate(validity.measure(samples, channels))
+        flags, report = checked(samples, thresholds, channels)
+        assert not flags.any().any()
+        assert ("tumour_area" in report) == ("Seg" in channels)
+        assert ("mask_outside_brain" in report) == (len(channels) == 2)
+        assert "channel_agreement" not in report
+
+
+def test_the_interval_of_a_share():
+    """Wilson's limits solve (p - share)^2 = 1.96^2 p (1 - p) / n."""
+    for found, n in ((0, 1), (0, 40), (3, 40), (40, 40), (500, 1000)):
+        share = np.arange(n) < found
+        interval = validity.share_interval(share)
+        assert interval["value"] == found / n
+        assert interval["low"] < interval["high"]
+        for name in ("low", "high"):
+            p = interval[name]
+            assert (p - found / n) ** 2 == pytest.approx(1.959964**2 * p * (1 - p) / n, abs=1e-12)
+        assert 0 <= interval["low"] <= found / n <= interval["high"] <= 1
+    with pytest.raises(ValueError, match="at least one sample"):
+        validity.share_interval(np.zeros(0, bool))
 
 
 def test_frechet_distance_of_gaussians():

@@ -428,7 +428,7 @@ def test_an_evolution_has_a_row_per_sample_and_a_block_per_step(tmp_path):
     figures.write_evolution(folders, path, num=3, start=1)
     picture, lefts, layout = blocks(path, sets=3, columns=1, gap=0)
     heading = picture.shape[0] - (12 + layout.header + 3 * 140)
-    assert heading == figures._text_height(18) + 12, "one line above the channels' names"
+    assert heading == figures.text_height(18) + 12, "one line above the channels' names"
     for left, level in zip(lefts, (30, 50, 10)):  # 5K, 10K, 20K
         assert (picture[:heading, left : left + layout.size[0]] == 0).any(), "the step is written"
         for row in range(3):

@@ -1,9 +1,17 @@
-"""How far a set of samples is from a set of real slices, by features that need no file.
+"""How far a set of samples is from a set of real slices.
 
-The features are those of a fixed random network and radial power spectra. Random features tell
-sets apart by texture, contrast, shape and sharpness, but weigh them in no human way: distances on
-them are not FID or KID, whose names stand for the Inception network, and compare only with
-distances on the same features.
+:func:`table` measures all of it: Frechet and kernel distance, precision, recall, density and
+coverage on the features of an extractor (:mod:`improved_diffusion.evaluation.extractors`), and the
+multi-scale similarity of random pairs on the images themselves. The functions below it take
+features or images, and know no extractor.
+
+The features that need no file are those of a fixed random network and radial power spectra. Random
+features tell sets apart by texture, contrast, shape and sharpness, but weigh them in no human way:
+distances on them are not FID or KID, whose names stand for the Inception network, and compare only
+with distances on the same features.
+
+Intervals are of 95 % and cover the chance in which samples were drawn as if each were drawn alone.
+Slices of one patient are alike, so that in truth they are wider.
 
 Shapes: samples are uint8 [N, H, W, C]; features are float64 [N, D].
 """
@@ -11,10 +19,18 @@ Shapes: samples are uint8 [N, H, W, C]; features are float64 [N, D].
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.nn import functional
+
+from improved_diffusion.brats import MASK_CHANNEL, MASK_CODES
+from improved_diffusion.evaluation import validity
+
+if TYPE_CHECKING:
+    from improved_diffusion.evaluation.extractors import Extractor
 
 # Convolutions of the random network, each followed by halving the resolution.
 WIDTHS = (16, 32, 32)
@@ -25,6 +41,23 @@ LEAST_POWER = 1e-5
 BLOCK = 2048
 # A feature that varies less than this in the reference set tells rounding from nothing.
 LEAST_DEVIATION = 1e-6
+# Deviations that :func:`scale` divides by are at least this: ten times what one level more or less
+# in each pixel does to the random features.
+LEAST_SCALE = 1e-3
+
+ALL = "all"  # the key of what is measured on all channels together
+NEIGHBOURS = 5
+# Squared distances that differ by less than this share of the features' mean square are equal:
+# of float32 features of equal images, which rounding moves apart.
+TIE = 1e-9
+
+PAIRS = 1000
+# Wang et al. 2003: the exponents of the scales, from the finest, and the window.
+SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+WINDOW, WINDOW_DEVIATION = 11, 1.5
+C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+
+Entry = dict[str, Any]
 
 
 def features(samples: np.ndarray, *, batch_size: int = 256) -> np.ndarray:
@@ -96,6 +129,16 @@ def standardise(reference: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
     return [(own[:, kept] - mean[kept]) / deviation[kept] for own in (reference, *others)]
 
 
+def scale(reference: np.ndarray, *others: np.ndarray) -> list[np.ndarray]:
+    """As :func:`standardise`, but a feature that is constant in the reference set stays.
+
+    A set that differs in what never varies there (a channel that is always black) is seen so. The
+    least deviation is :data:`LEAST_SCALE`.
+    """
+    mean, deviation = reference.mean(axis=0), reference.std(axis=0).clip(min=LEAST_SCALE)
+    return [(own - mean) / deviation for own in (reference, *others)]
+
+
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     """Frechet distance of the Gaussians that fit two sets, Heusel et al. 2017, Eq. 6.
 
@@ -104,12 +147,24 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     :param a: features [N, D]; ``b`` [M, D]; 2 samples or more in each.
     """
     gap = a.mean(axis=0) - b.mean(axis=0)
-    cov_a, cov_b = (np.cov(own, rowvar=False).reshape(own.shape[1], -1) for own in (a, b))
+    # The covariances are root_a' root_a and root_b' root_b.
+    root_a, root_b = ((own - own.mean(axis=0)) / math.sqrt(len(own) - 1) for own in (a, b))
+    traces = (root_a**2).sum() + (root_b**2).sum()
+    squared = gap @ gap + traces - 2 * _cross_trace(root_a, root_b)
+    return max(0.0, float(squared))  # rounding
+
+
+def _cross_trace(root_a: np.ndarray, root_b: np.ndarray) -> float:
+    """tr sqrt(A B) of A = root_a' root_a and B = root_b' root_b."""
+    n, m, d = len(root_a), len(root_b), root_a.shape[1]
+    if n * m <= d * d:
+        # The eigenvalues of A B that are not 0 are the squared singular values of root_a root_b'.
+        return np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
     # tr sqrt(A B) = tr sqrt(sqrt(A) B sqrt(A)), whose argument is symmetric.
-    values, vectors = np.linalg.eigh(cov_a)
+    values, vectors = np.linalg.eigh(root_a.T @ root_a)
     root = (vectors * np.sqrt(values.clip(min=0))) @ vectors.T
-    cross = np.sqrt(np.linalg.eigvalsh(root @ cov_b @ root).clip(min=0)).sum()
-    return float(gap @ gap + np.trace(cov_a) + np.trace(cov_b) - 2 * cross)
+    inner = root @ (root_b.T @ root_b) @ root
+    return np.sqrt(np.linalg.eigvalsh(inner).clip(min=0)).sum()
 
 
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
@@ -164,3 +219,388 @@ def _kernel_sums(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _sums_to_others(a: np.ndarray) -> np.ndarray:
     itself = ((a * a).sum(axis=1) / a.shape[1] + 1) ** 3
     return _kernel_sums(a, a)[0] - itself
+
+
+# ------------------------------------------------------------------- precision, recall, density ...
+
+
+def manifold_measures(
+    real: np.ndarray, samples: np.ndarray, neighbours: int = NEIGHBOURS
+) -> dict[str, Entry]:
+    """Precision, recall, density and coverage on balls around the features of each image.
+
+    A ball reaches to its centre's k-th nearest neighbour in its own set. Precision is the share of
+    samples in a real image's ball, recall the share of real images in a sample's (Kynkaanniemi et
+    al. 2019); density the mean number of real balls that a sample lies in, over k, and coverage
+    the share of real balls that hold a sample (Naeem et al. 2020).
+
+    Equal images are common among masks, and their balls, of radius 0, hold each other. Density
+    therefore counts each ball over the number of real images in it; without ties these are k, as
+    published. Of a set with itself, precision, recall and coverage are 1, density is 1 + 1 / k.
+    All four depend on both counts. The intervals hold the balls fixed.
+
+    :param real: features [N, D]; ``samples`` [M, D].
+    :param neighbours: k. What needs balls of k images or fewer has no value, but the reason.
+    :return: ``{"value", "low", "high"}`` for each, or ``{"value": None, "reason"}``.
+    """
+    n, m = len(real), len(samples)
+    missing = "{} {}, but a ball to neighbour {} needs {} or more"
+    measured: dict[str, Entry] = {}
+    tie = TIE * (real**2).sum(axis=1).mean()
+    centre = real.mean(axis=0)  # distances stay; cancellation becomes less
+    real, samples = real - centre, samples - centre
+    if n > neighbours:
+        radii, held = _balls(real, neighbours, tie)
+        inside = np.zeros(m, dtype=bool)
+        density = np.zeros(m)
+        covered = np.zeros(n, dtype=bool)
+        for rows, distances in _squared_distances(samples, real):
+            hit = distances <= radii + tie
+            inside[rows] = hit.any(axis=1)
+            density[rows] = hit @ (1 / held)
+            covered |= hit.any(axis=0)
+        measured["precision"] = validity.mean_interval(inside)
+        measured["density"] = validity.mean_interval(density)
+        measured["coverage"] = validity.mean_interval(covered)
+    else:
+        reason = missing.format(n, "real images", neighbours, neighbours + 1)
+        measured |= {key: without_value(reason) for key in ("precision", "density", "coverage")}
+    if m > neighbours:
+        radii, _ = _balls(samples, neighbours, tie)
+        found = np.zeros(n, dtype=bool)
+        for rows, distances in _squared_distances(real, samples):
+            found[rows] = (distances <= radii + tie).any(axis=1)
+        measured["recall"] = validity.mean_interval(found)
+    else:
+        reason = missing.format(m, "samples", neighbours, neighbours + 1)
+        measured["recall"] = without_value(reason)
+    return {key: measured[key] for key in ("precision", "recall", "density", "coverage")}
+
+
+def without_value(reason: str) -> Entry:
+    """What stands in the place of a number that these sets do not give."""
+    return {"value": None, "reason": reason}
+
+
+def _balls(features: np.ndarray, neighbours: int, tie: float) -> tuple[np.ndarray, np.ndarray]:
+    """Squared distance to the k-th nearest other, [N], and how many others are as near, [N]."""
+    radii, held = np.empty(len(features)), np.empty(len(features))
+    for rows, distances in _squared_distances(features, features):
+        index = np.arange(len(features))[rows]
+        distances[np.arange(len(index)), index] = np.inf
+        radii[rows] = np.partition(distances, neighbours - 1, axis=1)[:, neighbours - 1]
+        held[rows] = (distances <= radii[rows, None] + tie).sum(axis=1)
+    return radii, held
+
+
+def _squared_distances(a: np.ndarray, b: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Rows of ``a`` and their squared distances to all of ``b``, BLOCK x BLOCK numbers at once."""
+    squares = (b * b).sum(axis=1)
+    step = max(1, BLOCK * BLOCK // len(b))
+    for start in range(0, len(a), step):
+        rows = slice(start, min(start + step, len(a)))
+        own = a[rows]
+        distances = (own * own).sum(axis=1)[:, None] + squares - 2 * own @ b.T
+        yield rows, distances.clip(min=0)
+
+
+# -------------------------------------------------------------------------- similarity of pairs
+
+
+def multi_scale_similarity(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Multi-scale structural similarity of each pair of images, Wang et al. 2003, Eq. 7.
+
+    The window is Gaussian, 11 pixels wide, and never leaves the image; a negative mean of a scale
+    counts as 0. The published five scales need 176 pixels. Smaller images have as many scales as
+    the window fits, with the first exponents, divided by their sum, so that values compare only
+    between images of one size.
+
+    :param a: uint8 [N, H, W] of 11 pixels or more; ``b`` of the same shape.
+    :return: float64 [N] in [0, 1]; 1 for equal images.
+    """
+    scales = sum(min(a.shape[1:]) >> i >= WINDOW for i in range(len(SCALE_WEIGHTS)))
+    weights = np.array(SCALE_WEIGHTS[:scales]) / sum(SCALE_WEIGHTS[:scales])
+    images = torch.from_numpy(np.stack([a, b])).float()  # [2, N, H, W]
+    result = np.ones(len(a))
+    for i, weight in enumerate(weights):
+        luminance, contrast = _similarity(images)
+        own = luminance * contrast if i == scales - 1 else contrast
+        result *= own.mean(dim=(1, 2)).double().numpy().clip(min=0) ** weight
+        images = functional.avg_pool2d(images, 2)
+    return result
+
+
+def _similarity(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Luminance and contrast-structure terms at each position of the window, [N, h, w].
+
+    :param images: float32 [2, N, H, W], levels from 0 to 255.
+    """
+    # Rounding would make a variance of what is constant and bright.
+    shift = images.mean(dim=(2, 3), keepdim=True)
+    down, across = (_window_matrix(size) for size in images.shape[2:])
+
+    def smooth(maps: torch.Tensor) -> torch.Tensor:  # [N, H, W] to [N, h, w]
+        return down @ maps @ across.T
+
+    a, b = images - shift
+    mean_a, mean_b = smooth(a), smooth(b)
+    variances = smooth(a * a + b * b) - mean_a**2 - mean_b**2
+    covariance = smooth(a * b) - mean_a * mean_b
+    mean_a, mean_b = mean_a + shift[0], mean_b + shift[1]
+    luminance = (2 * mean_a * mean_b + C1) / (mean_a**2 + mean_b**2 + C1)
+    return luminance, (2 * covariance + C2) / (variances + C2)
+
+
+def _window_matrix(size: int) -> torch.Tensor:
+    """The Gaussian window at each position along an axis, [size - 10, size]."""
+    offsets = torch.arange(WINDOW) - WINDOW // 2
+    window = torch.exp(-(offsets**2) / (2 * WINDOW_DEVIATION**2))
+    matrix = torch.zeros(size - WINDOW + 1, size)
+    for i in range(len(matrix)):
+        matrix[i, i : i + WINDOW] = window / window.sum()
+    return matrix
+
+
+def diversity(
+    images: np.ndarray, channels: Sequence[str], pairs: int = PAIRS, seed: int = 0
+) -> dict[str, Entry]:
+    """Mean multi-scale similarity of random pairs of a set: 1 where all images are equal.
+
+    The black background alone makes it high; it compares with that of real images of one size.
+    :data:`ALL` is the mean over the channels of a pair. The interval is normal with the
+    jackknife's variance over the images.
+
+    :param images: uint8 [N, H, W, C].
+    :param channels: names of the C channels, or none.
+    :param pairs: how many distinct pairs are drawn; all of them, where there are no more.
+    :return: ``{"value", "low", "high", "pairs"}``, or ``{"value": None, "reason"}``, for each
+        channel and for all.
+    """
+    n, height, width, count = images.shape
+    keys = [*channels, ALL]
+    if n < 2 or min(height, width) < WINDOW:
+        reason = (
+            f"a pair needs 2 images, found {n}"
+            if n < 2
+            else f"the window needs {WINDOW} pixels, found {height} x {width}"
+        )
+        return {key: without_value(reason) for key in keys}
+    first, second = random_pairs(n, pairs, seed)
+    step = max(1, 2**20 // (height * width))
+    values = np.empty((len(first), count))
+    for start in range(0, len(first), step):
+        rows = slice(start, start + step)
+        a, b = images[first[rows]], images[second[rows]]
+        for i in range(count):
+            values[rows, i] = multi_scale_similarity(a[..., i], b[..., i])
+    columns = [*(values.T if channels else []), values.mean(axis=1)]
+    return {key: _pair_mean(own, first, second, n) for key, own in zip(keys, columns)}
+
+
+def random_pairs(n: int, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of distinct pairs of n things, drawn without replacement: all if ``count`` allows."""
+    total = n * (n - 1) // 2
+    rng = np.random.default_rng(seed)
+    chosen = np.arange(total) if total <= count else rng.choice(total, count, replace=False)
+    # Pair number j (j - 1) / 2 + i is that of i < j.
+    second = np.floor((1 + np.sqrt(1 + 8 * chosen.astype(np.float64))) / 2).astype(np.int64)
+    return chosen - second * (second - 1) // 2, second
+
+
+def _pair_mean(values: np.ndarray, first: np.ndarray, second: np.ndarray, n: int) -> Entry:
+    sums, counts = np.zeros(n), np.zeros(n)
+    for own in (first, second):
+        np.add.at(sums, own, values)
+        np.add.at(counts, own, 1)
+    entry: Entry = {"value": float(values.mean()), "pairs": len(values)}
+    left = len(values) - counts
+    if (left > 0).all():
+        without = (values.sum() - sums) / left
+        error = math.sqrt(without.var() * (n - 1))
+        entry |= {"low": entry["value"] - 1.96 * error, "high": entry["value"] + 1.96 * error}
+    return entry
+
+
+# ------------------------------------------------------------------------------------ all of it
+
+
+def compare(
+    real: np.ndarray, samples: np.ndarray, neighbours: int = NEIGHBOURS
+) -> dict[str, Entry]:
+    """All measures on features of two sets.
+
+    :param real: features [N, D]; ``samples`` [M, D].
+    :return: ``frechet_distance``, ``kernel_distance``, ``precision``, ``recall``, ``density`` and
+        ``coverage``, each with its ``value``, or None and the ``reason``. The Frechet distance has
+        no interval, because its bias is larger than its chance error: its floor tells.
+    """
+    n, m, dimensions = len(real), len(samples), real.shape[1]
+    fewest = min(n, m)
+    frechet, kernel = (
+        without_value(f"needs {needed} images of each set, found {n} and {m}") for needed in (2, 3)
+    )
+    if fewest >= 2:
+        frechet = {"value": frechet_distance(real, samples)}
+        if fewest <= dimensions:
+            frechet["note"] = (
+                f"{fewest} images for {dimensions} dimensions: too large, compare only with the "
+                "floor of as many"
+            )
+    if fewest >= 3:
+        kernel = kernel_distance(samples, real)
+    return {
+        "frechet_distance": frechet,
+        "kernel_distance": kernel,
+        **manifold_measures(real, samples, neighbours),
+    }
+
+
+def table(
+    real: np.ndarray,
+    samples: np.ndarray,
+    channels: Sequence[str],
+    extractor: Extractor,
+    *,
+    train: np.ndarray | None = None,
+    neighbours: int = NEIGHBOURS,
+    pairs: int = PAIRS,
+    progress: Callable[[int], object] | None = None,
+) -> dict[str, Any]:
+    """Every measure for each channel and for all together, beside the noise floor.
+
+    The floor is real slices that the model was trained on against ``real``: as many as there are
+    samples, drawn with a fixed seed, because all measures depend on the counts.
+
+    All channels together are one call of the extractor with all of them, which notices channels
+    that do not belong together; a mean over the channels would not. Masks enter as their grey
+    levels: nothing is snapped, so that levels off the codes count against the samples.
+
+    :param real: uint8 [N, H, W, C], slices that the model was not trained on; ``samples``
+        [M, H, W, C], raw; ``train`` [T, H, W, C]. They may be memory maps.
+    :param channels: names of the C channels; none for pictures, which are only measured as a
+        whole.
+    :param neighbours: see :func:`manifold_measures`.
+    :param pairs: see :func:`diversity`.
+    :param progress: is called with a number of images whose features are there, of
+        :func:`passes` in all.
+    :return: plain values for JSON: ``extractor``, ``counts`` of images, ``neighbours``,
+        ``channels``: name or :data:`ALL` -> ``samples`` and ``floor``: measure -> entry, see
+        :func:`compare` and :func:`diversity`; and ``real``: only ``ms_ssim``.
+    :raises ValueError: sets that cannot be compared, see :func:`check_sets`; no neighbours or
+        pairs.
+    """
+    if min(neighbours, pairs) < 1:
+        raise ValueError(f"neighbours and pairs are 1 or more, found {neighbours} and {pairs}")
+    sets = {"real": real, "samples": samples}
+    if train is not None:
+        sets["floor"] = train
+    check_sets(sets, channels)
+    if train is not None:
+        sets["floor"] = _as_many(train, len(samples))
+    found = {key: _features(own, channels, extractor, progress) for key, own in sets.items()}
+    similarity = {key: diversity(own, channels, pairs) for key, own in sets.items()}
+    rows: dict[str, Any] = {}
+    for channel in found["real"]:
+        features = [own[channel] for own in found.values()]
+        if extractor.scaled:
+            features = scale(*features)
+        rows[channel] = {
+            key: compare(features[0], own, neighbours) if key != "real" else {}
+            for key, own in zip(found, features)
+        }
+        for key, row in rows[channel].items():
+            row["ms_ssim"] = similarity[key][channel]
+    return {
+        "extractor": {
+            "name": extractor.name,
+            "sha256": extractor.sha256,
+            "frechet_distance": extractor.frechet_name,
+            "kernel_distance": extractor.kernel_name,
+            "dimensions": {channel: own.shape[1] for channel, own in found["real"].items()},
+        },
+        "counts": {key: len(own) for key, own in sets.items()},
+        "neighbours": neighbours,
+        "channels": rows,
+    }
+
+
+def passes(counts: Sequence[int], channels: Sequence[str]) -> int:
+    """How many images :func:`table` extracts features of, from the sizes of its sets."""
+    return sum(counts) * (len(channels) + (len(channels) != 1))
+
+
+def _features(
+    samples: np.ndarray,
+    channels: Sequence[str],
+    extractor: Extractor,
+    progress: Callable[[int], object] | None,
+) -> dict[str, np.ndarray]:
+    found = {name: extractor(samples[..., i], progress) for i, name in enumerate(channels)}
+    found[ALL] = found[channels[0]] if len(channels) == 1 else extractor(samples, progress)
+    return found
+
+
+def _as_many(images: np.ndarray, count: int) -> np.ndarray:
+    if count >= len(images):
+        return images
+    return images[np.sort(np.random.default_rng(0).permutation(len(images))[:count])]
+
+
+def check_sets(sets: dict[str, np.ndarray], channels: Sequence[str]) -> None:
+    """Refuse sets that measure nothing beside each other.
+
+    Masks of real slices hold label codes only. Those of samples are raw and hold any level; but no
+    more levels than there are codes, and others than these, are labels of another coding.
+
+    :param sets: name, as ``samples`` -> uint8 [N, H, W, C].
+    :param channels: names of the C channels, or none.
+    :raises ValueError: an empty set, other types, sizes or numbers of channels, or other label
+        codes.
+    """
+    shape = next(iter(sets.values())).shape[1:]
+    for name, images in sets.items():
+        if images.dtype != np.uint8 or images.ndim != 4 or 0 in images.shape:
+            raise ValueError(
+                f"the {name} images are no uint8 array of shape [N, H, W, C], none of them 0: "
+                f"found {images.dtype} {list(images.shape)}"
+            )
+        if images.shape[1:] != shape:
+            raise ValueError(
+                "sets compare only with equal height, width and channels: the "
+                f"{next(iter(sets))} images are {_size(shape)}, the {name} images "
+                f"{_size(images.shape[1:])}"
+            )
+        if channels and images.shape[3] != len(channels):
+            raise ValueError(
+                f"the {name} images have {images.shape[3]} channels, but {len(channels)} are named "
+                f"({', '.join(channels)})"
+            )
+        if MASK_CHANNEL in channels:
+            _check_codes(name, images[..., list(channels).index(MASK_CHANNEL)])
+
+
+def _size(shape: Sequence[int]) -> str:
+    height, width, channels = shape
+    return f"{height} x {width} with {channels} channel{'s' if channels > 1 else ''}"
+
+
+def _check_codes(name: str, masks: np.ndarray) -> None:
+    counts = np.zeros(256, dtype=np.int64)
+    for start in range(0, len(masks), BLOCK):
+        counts += np.bincount(masks[start : start + BLOCK].ravel(), minlength=256)
+    levels = set(np.flatnonzero(counts).tolist())
+    foreign = levels - set(MASK_CODES)
+    coded = 1 < len(levels) <= len(MASK_CODES) and (
+        levels == {0, 1, 2, 4}
+        or any(_from_codes(level) > validity.CODE_TOLERANCE for level in levels)
+    )
+    if foreign and (name != "samples" or coded):
+        raise ValueError(
+            f"the {name} masks hold the levels {', '.join(map(str, sorted(levels)[:8]))}"
+            f"{', ...' if len(levels) > 8 else ''}, but label codes are "
+            f"{', '.join(map(str, MASK_CODES))}: use masks of these codes"
+        )
+
+
+def _from_codes(level: int) -> int:
+    return min(abs(level - code) for code in MASK_CODES)

@@ -3,17 +3,25 @@
 Samples are uint8 [N, H, W, C], as the network made them, with the names of their channels. The
 mask (channel Seg) holds grey label codes. Real slices are exactly 0 outside of the head.
 
+:func:`measure` takes the values of every sample, for real slices as for samples. From those of the
+real slices :func:`calibrate` sets limits, beyond which :func:`check` flags a sample, and
+:func:`report` gives the shares and means of one set with their intervals.
+
 Legend: N samples, H, W height and width, C channels.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from improved_diffusion.brats import CHANNELS, MASK_CHANNEL, MASK_CODES, snap_mask
+from improved_diffusion.parallel import Progress, no_progress
 
 # How many levels of 255 above its background a pixel shows tissue. Higher than what a network
 # leaves in a background; lower than the surface of the brain, which partial volume darkens.
@@ -26,6 +34,7 @@ BACKGROUND_LEVEL = 1
 FRAME = 1 / 16
 
 BOOTSTRAP_DRAWS = 1000
+Z_95 = 1.959964  # of the normal distribution, two-sided
 
 
 def brain_outline(images: np.ndarray, threshold: int = TISSUE_LEVEL) -> np.ndarray:
@@ -47,16 +56,17 @@ def brain_outline(images: np.ndarray, threshold: int = TISSUE_LEVEL) -> np.ndarr
             f"{images.dtype} {list(images.shape)}"
         )
     background = _frame_median(images)[:, None, None]  # [N, 1, 1]
-    dark = images <= background + threshold
+    # Images last: what the sweeps below handle at once lies together in memory.
+    dark = np.ascontiguousarray(np.moveaxis(images <= background + threshold, 0, -1))  # [H, W, N]
     # The outside is what is dark and reaches the border through dark pixels.
     outside = dark.copy()
-    outside[:, 1:-1, 1:-1] = False
+    outside[1:-1, 1:-1] = False
     before = -1
     while (count := np.count_nonzero(outside)) != before:
         before = count
-        for axis, backward in itertools.product((1, 2), (False, True)):
+        for axis, backward in itertools.product((0, 1), (False, True)):
             _sweep(outside, dark, axis, backward)
-    return ~outside
+    return np.ascontiguousarray(np.moveaxis(~outside, -1, 0))
 
 
 def _sweep(outside: np.ndarray, dark: np.ndarray, axis: int, backward: bool) -> None:
@@ -80,11 +90,22 @@ def channel_agreement(samples: np.ndarray, channels: Sequence[str]) -> np.ndarra
         channels.
     :raises ValueError: another shape or data type, or names that do not fit.
     """
-    _check(samples, channels)
-    outlines = [brain_outline(samples[..., i]) for i in _image_indices(channels)]
+    check_samples(samples, channels)
+    return _agreement(_outlines(samples, channels))
+
+
+def _outlines(samples: np.ndarray, channels: Sequence[str]) -> np.ndarray:
+    """Brain outlines of the image channels: bool [images, N, H, W]."""
+    images = _image_indices(channels)
+    return np.array([brain_outline(samples[..., i]) for i in images]).reshape(
+        len(images), *samples.shape[:3]
+    )
+
+
+def _agreement(outlines: np.ndarray) -> np.ndarray:
     pairs = list(itertools.combinations(outlines, 2))
     if not pairs:
-        return np.full(len(samples), np.nan)
+        return np.full(outlines.shape[1], np.nan)
     return np.mean([_intersection_over_union(a, b) for a, b in pairs], axis=0)
 
 
@@ -103,16 +124,21 @@ def background_level(samples: np.ndarray, channels: Sequence[str]) -> np.ndarray
     :returns: float64 [N, C] in [0, 255].
     :raises ValueError: another shape or data type, or names that do not fit.
     """
-    _check(samples, channels)
+    check_samples(samples, channels)
     return np.stack([_frame_median(samples[..., i]) for i in range(len(channels))], axis=1)
 
 
 def _frame_median(images: np.ndarray) -> np.ndarray:
     """Median of the border frame, [N], of images [N, H, W]."""
+    return np.median(_frame(images), axis=1)
+
+
+def _frame(images: np.ndarray) -> np.ndarray:
+    """The pixels of the border frame, [N, pixels], of images [N, H, W]."""
     width = max(1, round(min(images.shape[1:]) * FRAME))
     frame = np.ones(images.shape[1:], dtype=bool)
     frame[width:-width, width:-width] = False
-    return np.median(images[:, frame], axis=1)
+    return images[:, frame]
 
 
 def off_code_share(
@@ -127,8 +153,13 @@ def off_code_share(
     :raises ValueError: another shape or data type, names that do not fit, or no mask.
     """
     mask = _mask(samples, channels)
+    return _off_code_levels(tolerance)[mask].mean(axis=(1, 2))
+
+
+def _off_code_levels(tolerance: int) -> np.ndarray:
+    """Which of the 256 levels are far from every code: bool [256]."""
     distance = np.abs(np.arange(256)[:, None] - np.array(MASK_CODES)).min(axis=1)
-    return (distance > tolerance)[mask].mean(axis=(1, 2))
+    return distance > tolerance
 
 
 def mask_outside_brain(samples: np.ndarray, channels: Sequence[str]) -> np.ndarray:
@@ -143,11 +174,14 @@ def mask_outside_brain(samples: np.ndarray, channels: Sequence[str]) -> np.ndarr
     :raises ValueError: another shape or data type, names that do not fit, no mask or no image.
     """
     tumour = snap_mask(_mask(samples, channels)) > 0
-    images = _image_indices(channels)
-    if not images:
+    if not _image_indices(channels):
         raise ValueError(f"the channels {', '.join(channels)} hold no image beside the mask")
-    brain = np.any([brain_outline(samples[..., i]) for i in images], axis=0)
-    return (tumour & ~brain).sum(axis=(1, 2)) / np.maximum(tumour.sum(axis=(1, 2)), 1)
+    return _share_outside(tumour, _outlines(samples, channels))
+
+
+def _share_outside(tumour: np.ndarray, outlines: np.ndarray) -> np.ndarray:
+    outside = tumour & ~outlines.any(axis=0)
+    return outside.sum(axis=(1, 2)) / np.maximum(tumour.sum(axis=(1, 2)), 1)
 
 
 def tumour_area(samples: np.ndarray, channels: Sequence[str]) -> np.ndarray:
@@ -218,11 +252,401 @@ def mean_interval(values: np.ndarray) -> dict[str, float]:
     return {"value": float(values.mean()), "low": float(low), "high": float(high)}
 
 
+def share_interval(share: np.ndarray) -> dict[str, float]:
+    """A share and its 95 % score interval (Wilson 1927).
+
+    Its width is above 0 also where all or none of the samples have the property.
+
+    :param share: bool [N].
+    :returns: ``{"value", "low", "high"}``.
+    :raises ValueError: no values.
+    """
+    n = len(share)
+    if n == 0:
+        raise ValueError("there are no values to take the share of: give at least one sample")
+    found = int(np.count_nonzero(share))
+    value = found / n
+    spread = Z_95**2 / n
+    centre = (value + spread / 2) / (1 + spread)
+    half = math.sqrt(value * (1 - value) * spread + spread**2 / 4) / (1 + spread)
+    # Where none or all have it, the formula's end is exactly 0 or 1, up to rounding.
+    low = centre - half if found > 0 else 0.0
+    high = centre + half if found < n else 1.0
+    return {"value": value, "low": low, "high": high}
+
+
+# --- every measure at once, limits from real slices, flags ---------------------------------------
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Beyond which value a measure flags a sample.
+
+    The limit is ``factor * worst + margin``, where ``worst`` is about the worst of the real slices'
+    values, see :func:`calibrate`. The margins leave room for real slices that calibration has not
+    seen, of which a set of one or two slices has seen hardly any.
+    """
+
+    flag: str
+    measure: str
+    high_is_bad: bool
+    factor: float
+    margin: float
+    words: str  # what the measure is
+
+
+RULES = (
+    Rule("noise_only", "neighbour_likeness", False, 0.5, 0, "likeness of neighbouring pixels"),
+    Rule("noise_only", "label_changes", True, 1, 0.1, "share of neighbours of different labels"),
+    Rule("constant", "contrast", False, 0.25, 0, "levels between the 1st and 99th percentile"),
+    Rule("constant", "largest_label", True, 0.5, 0.5, "share of the slice that one label covers"),
+    Rule("saturated", "white", True, 1, 0.25, "share of the tissue that is white"),
+    Rule("drifted_background", "background_level", True, 1, 8, "median level of the background"),
+    Rule("drifted_background", "background_spread", True, 1, 8, "spread of the background"),
+    Rule("off_code", "off_code", True, 1, 0.05, "share of pixels far from every label code"),
+    Rule("mask_outside", "mask_outside_brain", True, 1, 0.25, "share of the tumour outside"),
+    Rule("channels_disagree", "channel_agreement", False, 1, -0.1, "agreement of the outlines"),
+)
+# A channel with one of these shows no slice, whose background or outline could be judged.
+BROKEN = ("noise_only", "constant")
+# The key, in place of a channel's name, of what the image channels show together.
+ALL_IMAGES = "images"
+
+# Of the real slices at least this share passes every limit that is calibrated on them.
+REAL_PASS = 0.99
+WHITE_LEVEL = 250
+# Tissue counts as this share of the slice at least, so that a few bright pixels are not all of it.
+LEAST_TISSUE = 1 / 16
+# Pixels of one channel that are measured at once.
+BLOCK_PIXELS = 2**22
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What :func:`measure` found.
+
+    ``values`` is measure -> channel -> float64 [N], with the names of :data:`RULES` and
+    ``label_51`` and so on, the share of the slice that each label of the tumour covers. The
+    channel of ``channel_agreement`` is :data:`ALL_IMAGES`. A measure that does not apply is absent.
+    """
+
+    channels: tuple[str, ...]
+    size: tuple[int, int]  # height and width
+    values: dict[str, dict[str, np.ndarray]]
+    count: int
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Limits of one kind of slices: plain numbers, so that ``asdict`` of it is JSON."""
+
+    channels: tuple[str, ...]
+    size: tuple[int, int]  # height and width; the likeness of neighbours depends on it
+    limits: dict[str, dict[str, float]]  # measure -> channel -> limit
+
+
+@dataclass(frozen=True)
+class Flags:
+    """What :func:`check` found.
+
+    ``flagged`` is flag -> channel -> bool [N]. ``reasons`` lists every flag of every sample:
+    ``{"index", "channel", "reason", "measure", "value", "limit"}``, in the order of the samples.
+    """
+
+    flagged: dict[str, dict[str, np.ndarray]]
+    reasons: list[dict[str, Any]]
+    count: int
+
+    def any(self) -> np.ndarray:
+        """Which samples have a flag: bool [N]."""
+        return self._any(self.flagged)
+
+    def broken(self, channels: Sequence[str]) -> np.ndarray:
+        """Which samples have one of :data:`BROKEN` in one of the channels: bool [N]."""
+        return self._any(
+            {
+                flag: {name: own for name, own in self.flagged[flag].items() if name in channels}
+                for flag in BROKEN
+                if flag in self.flagged
+            }
+        )
+
+    def _any(self, flagged: Mapping[str, Mapping[str, np.ndarray]]) -> np.ndarray:
+        found = np.zeros(self.count, dtype=bool)
+        for own in flagged.values():
+            for values in own.values():
+                found |= values
+        return found
+
+
+def measure(
+    samples: np.ndarray, channels: Sequence[str], *, progress: Progress = no_progress
+) -> Measured:
+    """Every measure of every sample, block by block, so that a memory-mapped set can be large.
+
+    Of every channel: ``background_level`` and ``background_spread``, the median of the border
+    frame and the levels between its 5th and 95th percentile; ``white``, the share of the tissue
+    (what is :data:`TISSUE_LEVEL` above the background) at :data:`WHITE_LEVEL` or more.
+
+    Of an image: ``contrast``, the levels between its 1st and 99th percentile;
+    ``neighbour_likeness``, 1 - mean squared difference of neighbouring pixels / (2 variance): 0
+    for white noise whatever its level and spread, about 0.9 for slices of 32 pixels and more for
+    larger ones.
+
+    Of the mask, snapped to label codes so that a few levels of residue are none:
+    ``label_changes``, the share of neighbouring pixels with different labels (a tumour's outline is
+    short, noise has changes everywhere); ``largest_label``, the share of the slice that the most
+    frequent label of the tumour covers (an empty mask is no constant channel); ``label_51`` and so
+    on. And of the raw mask ``off_code``, see :func:`off_code_share`.
+
+    Of the whole sample: :func:`channel_agreement` and :func:`mask_outside_brain`.
+
+    :param samples: uint8 [N, H, W, C], raw levels.
+    :param channels: names of the C channels.
+    :raises ValueError: another shape or data type, or names that do not fit.
+    """
+    check_samples(samples, channels)
+    count, height, width, _ = samples.shape
+    step = max(1, BLOCK_PIXELS // (height * width))
+    starts = range(0, count, step)
+    found: dict[str, dict[str, list[np.ndarray]]] = {}
+    for start in progress(starts, total=len(starts), desc="measuring", unit="block"):
+        block = np.asarray(samples[start : start + step])
+        for name, of_channels in _measure_block(block, channels).items():
+            for channel, values in of_channels.items():
+                found.setdefault(name, {}).setdefault(channel, []).append(values)
+    values = {
+        name: {channel: np.concatenate(parts) for channel, parts in of_channels.items()}
+        for name, of_channels in found.items()
+    }
+    return Measured(tuple(channels), (height, width), values, count)
+
+
+def _measure_block(
+    samples: np.ndarray, channels: Sequence[str]
+) -> dict[str, dict[str, np.ndarray]]:
+    values: dict[str, dict[str, np.ndarray]] = {}
+
+    def keep(name: str, channel: str, own: np.ndarray) -> None:
+        values.setdefault(name, {})[channel] = own
+
+    for index, channel in enumerate(channels):
+        levels = np.ascontiguousarray(samples[..., index])
+        frame = np.percentile(_frame(levels), [5, 50, 95], axis=1)
+        keep("background_level", channel, frame[1])
+        keep("background_spread", channel, frame[2] - frame[0])
+        shares = _level_shares(levels)
+        keep("white", channel, _white_share(shares, frame[1]))
+        if channel == MASK_CHANNEL:
+            labels = snap_mask(levels)
+            keep("label_changes", channel, _mean_of_neighbours(np.not_equal, labels))
+            of_labels = {code: (labels == code).mean(axis=(1, 2)) for code in MASK_CODES[1:]}
+            keep("largest_label", channel, np.max(list(of_labels.values()), axis=0))
+            for code, share in of_labels.items():
+                keep(f"label_{code}", channel, share)
+            keep("off_code", channel, shares[:, _off_code_levels(CODE_TOLERANCE)].sum(axis=1))
+        else:
+            keep("contrast", channel, _contrast(shares))
+            keep("neighbour_likeness", channel, _neighbour_likeness(levels, shares))
+
+    outlines = _outlines(samples, channels)
+    if len(outlines) > 1:
+        keep("channel_agreement", ALL_IMAGES, _agreement(outlines))
+    if len(outlines) and MASK_CHANNEL in channels:
+        tumour = snap_mask(_mask(samples, channels)) > 0
+        keep("mask_outside_brain", MASK_CHANNEL, _share_outside(tumour, outlines))
+    return values
+
+
+def _level_shares(images: np.ndarray) -> np.ndarray:
+    """Share of the pixels at each level: float64 [N, 256], of images [N, H, W]."""
+    count = len(images)
+    flat = images.reshape(count, -1) + 256 * np.arange(count)[:, None]
+    return np.bincount(flat.ravel(), minlength=256 * count).reshape(count, 256) / flat.shape[1]
+
+
+def _white_share(shares: np.ndarray, background: np.ndarray) -> np.ndarray:
+    tissue = (shares * (np.arange(256) > background[:, None] + TISSUE_LEVEL)).sum(axis=1)
+    white = shares[:, WHITE_LEVEL:].sum(axis=1)
+    return np.minimum(white / np.maximum(tissue, LEAST_TISSUE), 1)
+
+
+def _contrast(shares: np.ndarray) -> np.ndarray:
+    below = shares.cumsum(axis=1)
+    low, high = (np.argmax(below > share, axis=1) for share in (0.01, 0.99))
+    return (high - low).astype(np.float64)
+
+
+def _neighbour_likeness(images: np.ndarray, shares: np.ndarray) -> np.ndarray:
+    mean = shares @ np.arange(256)
+    variance = shares @ np.arange(256) ** 2 - mean**2
+    difference = _mean_of_neighbours(lambda a, b: np.square(a.astype(np.float32) - b), images)
+    # A constant channel has no noise; it is flagged for its contrast.
+    return np.where(variance > 1e-6, 1 - difference / np.maximum(2 * variance, 1e-6), 1.0)
+
+
+def _mean_of_neighbours(
+    function: Callable[[np.ndarray, np.ndarray], np.ndarray], images: np.ndarray
+) -> np.ndarray:
+    """Mean of a function of two images over pixels and their lower and right neighbours, [N]."""
+    down = function(images[:, 1:], images[:, :-1])
+    right = function(images[:, :, 1:], images[:, :, :-1])
+    total = down.sum(axis=(1, 2), dtype=np.float64) + right.sum(axis=(1, 2), dtype=np.float64)
+    return total / max(1, down[0].size + right[0].size)
+
+
+def calibrate(real: Measured) -> Thresholds:
+    """Set the limits from real slices, so that at least 99 % of them pass every one.
+
+    Each limit lies a margin beyond the worst real value, see :class:`Rule`, where an equal part of
+    the 1 % is left out at each limit: a few damaged slices in a large set do not widen the limits.
+    In sets of fewer than some thousand slices that is none, and the worst counts.
+
+    The limits belong to one kind of slices: their channels, size and intensity scaling.
+    """
+    rules = [(rule, channel) for rule in RULES for channel in real.values.get(rule.measure, {})]
+    left_out = int((1 - REAL_PASS) / len(rules) * real.count)
+    limits: dict[str, dict[str, float]] = {}
+    for rule, channel in rules:
+        values = np.sort(real.values[rule.measure][channel])
+        worst = values[-1 - left_out if rule.high_is_bad else left_out]
+        # A margin is in proportion to sound slices; of others it must not be on the wrong side.
+        outer = max if rule.high_is_bad else min
+        limit = outer(worst, rule.factor * worst + rule.margin)
+        limits.setdefault(rule.measure, {})[channel] = float(limit)
+    return Thresholds(real.channels, real.size, limits)
+
+
+def check(samples: Measured, thresholds: Thresholds) -> Flags:
+    """Flag the samples that no real slice resembles, with the reasons.
+
+    Flags of a channel: ``noise_only``, ``saturated``, ``constant``, and ``drifted_background``; of
+    the mask also ``off_code`` and ``mask_outside``; of the images together ``channels_disagree``.
+    The background of a channel that is all noise or constant is not judged, nor is what depends on
+    such a channel, so that this failure is not counted again under other names.
+
+    :raises ValueError: the limits belong to other channels or another size.
+    """
+    if (tuple(thresholds.channels), tuple(thresholds.size)) != (samples.channels, samples.size):
+        raise ValueError(
+            f"the limits are those of slices of {_kind(thresholds)}, but the samples are of "
+            f"{_kind(samples)}: calibrate on real slices of the same channels and size"
+        )
+    beyond = {
+        (rule, channel): (values > limit if rule.high_is_bad else values < limit)
+        for rule in RULES
+        for channel, values in samples.values.get(rule.measure, {}).items()
+        for limit in [thresholds.limits[rule.measure][channel]]
+    }
+    constant = {channel: own for (rule, channel), own in beyond.items() if rule.flag == "constant"}
+    broken = {channel: np.zeros(samples.count, dtype=bool) for channel in samples.channels}
+    for (rule, channel), own in beyond.items():
+        if rule.measure == "neighbour_likeness":
+            own &= ~constant[channel]  # one or two levels of residue around a grey
+        if rule.flag in BROKEN:
+            broken[channel] |= own
+    images = np.any([broken[name] for name in broken if name != MASK_CHANNEL], axis=0)
+    for (rule, channel), own in beyond.items():
+        if rule.flag == "drifted_background":
+            own &= ~broken[channel]
+        elif rule.flag == "channels_disagree":
+            own &= ~images
+        elif rule.flag == "mask_outside":
+            own &= ~(images | broken[channel])
+
+    flagged: dict[str, dict[str, np.ndarray]] = {}
+    reasons = []
+    for (rule, channel), own in beyond.items():
+        of_channels = flagged.setdefault(rule.flag, {})
+        of_channels[channel] = of_channels.get(channel, False) | own
+        for index in np.flatnonzero(own).tolist():
+            reasons.append(
+                {
+                    "index": index,
+                    "channel": channel,
+                    "reason": rule.flag.replace("_", " "),
+                    "measure": rule.words,
+                    "value": float(samples.values[rule.measure][channel][index]),
+                    "limit": thresholds.limits[rule.measure][channel],
+                }
+            )
+    reasons.sort(key=lambda reason: reason["index"])
+    return Flags(flagged, reasons, samples.count)
+
+
+def _kind(own: Measured | Thresholds) -> str:
+    height, width = own.size
+    return f"{height} x {width} pixels, channels {', '.join(own.channels)}"
+
+
+def report(samples: Measured, flags: Flags) -> dict[str, Any]:
+    """Shares and means of one set; take it of the real slices and of the samples to compare them.
+
+    Every number is ``{"value", "low", "high"}`` with its 95 % interval: :func:`share_interval` of
+    a share of the samples, :func:`mean_interval` of a mean. The intervals take samples for
+    independent; real slices of one patient are not, so theirs are too narrow.
+
+    - ``valid_share``: of samples without a flag,
+    - ``flagged``: flag -> channel -> share of the samples,
+    - ``background_level`` and ``background_spread``: channel -> mean,
+    - ``channel_agreement``, ``off_code_share``, ``mask_outside_brain``, ``empty_mask_share``,
+      ``tumour_area``, and ``label_shares``: label code -> share of the slice.
+
+    ``off_code_share`` is that of all masks. The others leave out the channels that are all noise or
+    constant, and samples whose measure depends on one, so that a mask of noise is no large tumour;
+    how many these are is in ``flagged``. The mean of none is absent. ``mask_outside_brain`` is the
+    mean over the samples with a tumour.
+    """
+    values = samples.values
+    images = [name for name in samples.channels if name != MASK_CHANNEL]
+    whole = {name: ~flags.broken([name]) for name in samples.channels}
+    whole_images = ~flags.broken(images)
+    found: dict[str, Any] = {
+        "samples": samples.count,
+        "valid_share": share_interval(~flags.any()),
+        "flagged": {
+            flag: {channel: share_interval(own) for channel, own in of_channels.items()}
+            for flag, of_channels in flags.flagged.items()
+        },
+    }
+    for name in ("background_level", "background_spread"):
+        found[name] = {
+            channel: _mean_up_to(255, own[whole[channel]])
+            for channel, own in values[name].items()
+            if whole[channel].any()
+        }
+    means = {}
+    if "channel_agreement" in values:
+        means["channel_agreement"] = values["channel_agreement"][ALL_IMAGES][whole_images]
+    if MASK_CHANNEL in samples.channels:
+        means["off_code_share"] = values["off_code"][MASK_CHANNEL]
+        labels = {code: values[f"label_{code}"][MASK_CHANNEL] for code in MASK_CODES[1:]}
+        area = np.sum(list(labels.values()), axis=0)
+        whole_mask = whole[MASK_CHANNEL]
+        if images:
+            outside = values["mask_outside_brain"][MASK_CHANNEL]
+            means["mask_outside_brain"] = outside[whole_mask & whole_images & (area > 0)]
+        means["tumour_area"] = area[whole_mask]
+        if whole_mask.any():
+            found["empty_mask_share"] = share_interval(area[whole_mask] == 0)
+            found["label_shares"] = {
+                str(code): _mean_up_to(1, share[whole_mask]) for code, share in labels.items()
+            }
+    found.update({name: _mean_up_to(1, own) for name, own in means.items() if len(own)})
+    return found
+
+
+def _mean_up_to(largest: float, values: np.ndarray) -> dict[str, float]:
+    """The mean of values in [0, largest]; of a single one nothing narrower is known than that."""
+    found = mean_interval(values)
+    return found if len(values) > 1 else {**found, "low": 0.0, "high": float(largest)}
+
+
 def _image_indices(channels: Sequence[str]) -> list[int]:
     return [i for i, name in enumerate(channels) if name != MASK_CHANNEL]
 
 
-def _check(samples: np.ndarray, channels: Sequence[str]) -> None:
+def check_samples(samples: np.ndarray, channels: Sequence[str]) -> None:
     for name in channels:
         if name not in CHANNELS:
             raise ValueError(
@@ -244,7 +668,7 @@ def _check(samples: np.ndarray, channels: Sequence[str]) -> None:
 
 def _mask(samples: np.ndarray, channels: Sequence[str]) -> np.ndarray:
     """The mask [N, H, W] of samples."""
-    _check(samples, channels)
+    check_samples(samples, channels)
     if MASK_CHANNEL not in channels:
         raise ValueError(f"the channels {', '.join(channels)} hold no mask ({MASK_CHANNEL})")
     return samples[..., list(channels).index(MASK_CHANNEL)]
