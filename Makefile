@@ -1,5 +1,6 @@
 # make demo     phantom patients -> slices -> training -> samples and pictures, in demo/
 # make test     all tests
+# make soak     a training is killed 300 times, on two processes 30 times; a quarter of an hour
 # make lint     style and lint
 # make venv     only the virtual environment, which the other targets make by themselves
 #
@@ -13,10 +14,15 @@ VENV ?= .venv
 RUN = $(VENV)/bin/python
 READY = $(VENV)/.ready-torch-$(TORCH_VERSION)
 
-.PHONY: demo test lint format venv clean-demo
+.PHONY: demo test soak lint format venv clean-demo
 
 test: $(READY)
 	$(RUN) -m pytest -n 2
+
+# The files of a run that was killed again and again against those of one that was not.
+soak: $(READY)
+	OMP_NUM_THREADS=1 $(RUN) tests/soak.py --kills 300
+	OMP_NUM_THREADS=1 $(RUN) tests/soak.py --kills 30 --processes 2
 
 # Each step is made once; an interrupted one is continued by the next call.
 DEMO = demo

@@ -10,6 +10,7 @@ Legend: N batch, C channels in the fixed order FLAIR, Seg, T1, T1CE, T2, H rows,
 from __future__ import annotations
 
 import struct
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,6 +22,7 @@ from torch.utils.data import Dataset
 
 from improved_diffusion import brats
 from improved_diffusion.batches import Batch, endless_batches
+from improved_diffusion.input_files import PNG_SIGNATURE, decode_picture, list_folder, open_file
 from improved_diffusion.seeds import check_seed
 
 # The two defaults, which flags and arguments override: the channels to train on, and the folder of
@@ -50,6 +52,7 @@ class load_channels_from_dir(Dataset):
     :param low_res_size: h and w of ``low_res``, the slice resized to this from its stored size;
         None: there is none.
     :param mask_paths: for every slice the file of its mask, read for its label only.
+    :param stored_size: W and H that every file is known to have; None: any, the same in a slice.
     :raises ValueError: no slices, or (when a slice is read) a file that is not what it should be.
     """
 
@@ -63,6 +66,7 @@ class load_channels_from_dir(Dataset):
         channels: Sequence[str] | None = None,
         low_res_size: int | None = None,
         mask_paths: Sequence[str] | None = None,
+        stored_size: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         if len(channel_paths) == 0:
@@ -81,6 +85,7 @@ class load_channels_from_dir(Dataset):
         self.low_res_size = low_res_size
         self.return_class = return_class
         self.mask_paths = mask_paths
+        self.stored_size = stored_size
         self._is_mask = [channel == brats.MASK_CHANNEL for channel in channels]
 
     def __len__(self) -> int:
@@ -88,7 +93,7 @@ class load_channels_from_dir(Dataset):
 
     def __getitem__(self, idx: int | torch.Tensor) -> tuple[torch.Tensor, dict]:
         paths = self.channel_paths[int(idx)]
-        planes = [_read_levels(path) for path in paths]
+        planes = [self._read(path) for path in paths]
         for path, plane in zip(paths, planes):
             if plane.size != planes[0].size:
                 raise ValueError(
@@ -99,7 +104,7 @@ class load_channels_from_dir(Dataset):
         cond: dict = {}
         if self.return_class:
             if self.mask_paths is not None:
-                mask = _read_levels(self.mask_paths[int(idx)])
+                mask = self._read(self.mask_paths[int(idx)])
                 if self.image_size is not None:
                     mask = _resize(mask, self.image_size, is_mask=True)
             else:
@@ -110,6 +115,15 @@ class load_channels_from_dir(Dataset):
         if self.transform is not None:
             slice_ = self.transform(slice_)
         return slice_, cond
+
+    def _read(self, path: str) -> Image.Image:
+        plane = _read_levels(path)
+        if self.stored_size not in (None, plane.size):
+            raise ValueError(
+                f"{path} has {_size_text(plane.size)} pixels but had {_size_text(self.stored_size)}"
+                " when the folder was checked: restore it."
+            )
+        return plane
 
     def _tensor(
         self, planes: Sequence[Image.Image], size: int | None
@@ -182,7 +196,7 @@ def load_data(
     data_dir: str | None = None,
     split: str = "train",
     seed: int = 0,
-    start_batch: int = 0,
+    start: int = 0,
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 1,
@@ -190,9 +204,9 @@ def load_data(
 ) -> Iterator[Batch]:
     """Endless batches of slices: float32 [N, C, H, W] in [-1, 1], each with a dict.
 
-    Every epoch visits the slices once in an order of its own that depends on ``seed`` and the
-    epoch's number alone; its last incomplete batch is dropped. Everything that can be checked
-    without decoding the pixels is checked before this returns.
+    Every epoch visits every slice once, in an order of its own that depends on ``seed`` and the
+    epoch's number alone, see :func:`improved_diffusion.batches.endless_batches`. Everything that
+    can be checked without decoding the pixels is checked before this returns.
 
     :param batch_size: N, slices per batch and process.
     :param image_size: H and W; other than the stored size, slices are resized.
@@ -202,7 +216,7 @@ def load_data(
     :param brats_channels: channel names; None: ``CHANNELS``.
     :param data_dir: slice folder; None or empty: ``ROOT``.
     :param split: ``train``, ``test`` or ``all``.
-    :param start_batch: batches that an earlier run has consumed; the next one comes first.
+    :param start: slices that an earlier run has consumed; the next one comes first.
     :param rank: of this process; with ``world_size`` processes a batch of
         ``batch_size * world_size`` slices is shared out in contiguous parts.
     :param num_workers: processes that decode; 0: decode in this one.
@@ -230,7 +244,7 @@ def load_data(
         batch_size,
         seed=seed,
         deterministic=deterministic,
-        start_batch=start_batch,
+        start=start,
         rank=rank,
         world_size=world_size,
         num_workers=num_workers,
@@ -261,7 +275,7 @@ def open_slices(
             )
     read = brats.parse_channels(",".join([*channels, *[brats.MASK_CHANNEL] * label_only]))
     paths = get_BRATS_paths(read, data_dir, split)
-    _check_headers([path for files in paths for path in files])
+    stored_size = _check_headers([path for files in paths for path in files])
     mask_paths = None
     if label_only:
         mask_paths = [files.pop(read.index(brats.MASK_CHANNEL)) for files in paths]
@@ -272,6 +286,7 @@ def open_slices(
         channels=channels,
         low_res_size=low_res_size,
         mask_paths=mask_paths,
+        stored_size=stored_size,
     )
 
 
@@ -308,10 +323,8 @@ def resolve_channels(channels: str | None, in_channels: int | None) -> list[str]
 def _files_by_stem(folder: str, channel: str) -> dict[str, str]:
     """Stem -> file name of every file in a channel's folder."""
     files: dict[str, str] = {}
-    for name in bf.listdir(folder):
-        if name.startswith("."):  # what file browsers leave behind
-            continue
-        if not name.lower().endswith(".png"):
+    for name, is_folder in list_folder(folder):
+        if is_folder or not name.lower().endswith(".png"):
             raise ValueError(f"{bf.join(folder, name)} is not a PNG file: remove it.")
         stem = brats.split_slice_name(name, channel)
         if stem in files:
@@ -343,7 +356,7 @@ def _stems_of_split(
 ) -> set[str]:
     """The slices of a split; every file must be listed in ``dataset.json`` and the reverse."""
     split_of = {
-        f"{case['subject']}_slice_{z}": case["split"]
+        unicodedata.normalize("NFC", f"{case['subject']}_slice_{z}"): case["split"]
         for case in dataset["cases"]
         for z in case["slices"]
     }
@@ -370,15 +383,15 @@ def _and_more(names: Sequence[str]) -> str:
 
 # ------------------------------------------------------------------------------- headers and pixels
 
-# A PNG begins with this signature, the length (13) and name of the header chunk, then width,
-# height, bit depth and colour type.
+# A PNG begins with its signature, the length (13) and name of the header chunk, then width, height,
+# bit depth and colour type.
 _PNG_START = struct.Struct(">8s4s4sIIBB")
-_PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PNG_COLOURS = {0: "grey", 2: "RGB", 3: "palette", 4: "grey with alpha", 6: "RGBA"}
+_MAX_SIZE = 4096  # H and W; a header that promises more is not believed
 
 
-def _check_headers(paths: Sequence[str]) -> None:
-    """Refuse a file that is not an 8-bit grey PNG of the same, square size as the first."""
+def _check_headers(paths: Sequence[str]) -> tuple[int, int]:
+    """Refuse a file that is not an 8-bit grey PNG of the same, square size as the first: W, H."""
     with ThreadPoolExecutor(8) as pool:
         headers = list(pool.map(_read_header, paths, chunksize=64))
     for path, (width, height, bits, colour) in zip(paths, headers):
@@ -394,32 +407,28 @@ def _check_headers(paths: Sequence[str]) -> None:
             )
         if width != height:
             raise ValueError(f"{path} has {width}x{height} pixels: slices must be square.")
+        if not 1 <= width <= _MAX_SIZE:
+            raise ValueError(
+                f"{path} has {width}x{height} pixels: slices have at most {_MAX_SIZE}x{_MAX_SIZE};"
+                " replace or remove it."
+            )
+    return headers[0][:2]
 
 
 def _read_header(path: str) -> tuple[int, int, int, int]:
     """Width, height, bits per sample and colour type of a PNG file."""
-    try:
-        with bf.BlobFile(path, "rb") as file:
-            start = file.read(_PNG_START.size)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror or error}.") from error
+    with open_file(path) as file:
+        start = file.read(_PNG_START.size)
     if len(start) == _PNG_START.size:
         signature, _, chunk, *header = _PNG_START.unpack(start)
-        if signature == _PNG_SIGNATURE and chunk == b"IHDR":
+        if signature == PNG_SIGNATURE and chunk == b"IHDR":
             return tuple(header)
     raise ValueError(f"{path} is not a PNG file, or is truncated: replace or remove it.")
 
 
 def _read_levels(path: str) -> Image.Image:
     """Decode a slice: an 8-bit grey image."""
-    try:
-        with bf.BlobFile(path, "rb") as file:
-            image = Image.open(file)
-            image.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{path} cannot be decoded ({error}): it is truncated or damaged; replace it."
-        ) from error
+    image, _ = decode_picture(path, ("PNG",))
     if image.mode != "L":
         raise ValueError(
             f"{path} has Pillow mode {image.mode}: expected 8-bit grey (L); convert or replace it."

@@ -23,14 +23,16 @@ def endless_batches(
     *,
     seed: int | None,
     deterministic: bool = False,
-    start_batch: int = 0,
+    start: int = 0,
     rank: int = 0,
     world_size: int = 1,
     num_workers: int = 1,
 ) -> Iterator[Batch]:
     """Batches of ``dataset`` without end: [N, C, H, W] and a dict of tensors [N, ...].
 
-    Every epoch visits the items once; its last incomplete batch is dropped.
+    Every epoch visits every item once, over all processes. The batches are cut from the epochs one
+    after the other, so all are full, and one may hold the end of an epoch and the next one's
+    beginning.
 
     :param dataset: items ``(image [C, H, W], dict)``. A ``ValueError`` that it raises is raised
         here, also where a worker process meets it.
@@ -38,15 +40,15 @@ def endless_batches(
     :param seed: the order of an epoch depends on it and the epoch's number alone; None: torch's
         global generator draws the order, as in openai/improved-diffusion.
     :param deterministic: keep the data set's own order in every epoch.
-    :param start_batch: batches that an earlier run has consumed; the next one comes first. Needs a
-        seed.
+    :param start: items that an earlier run has consumed, over all its processes; the next one
+        comes first. Needs a seed.
     :param rank: of this process; with ``world_size`` processes a batch of
         ``batch_size * world_size`` items is shared out in contiguous parts.
     :param num_workers: processes that read items; 0: read in this one.
     """
     assert 0 <= rank < world_size, (rank, world_size)
     if seed is None:
-        assert (start_batch, world_size) == (0, 1), "without a seed there is no order to continue"
+        assert (start, world_size) == (0, 1), "without a seed there is no order to continue"
         order: dict[str, Any] = {
             "batch_size": batch_size,
             "shuffle": not deterministic,
@@ -54,7 +56,7 @@ def endless_batches(
         }
     else:
         batches = EpochBatches(
-            len(dataset), batch_size, seed, start_batch, rank, world_size, shuffle=not deterministic
+            len(dataset), batch_size, seed, start, rank, world_size, shuffle=not deterministic
         )
         # A generator of its own: starting the loader must not disturb the global random state.
         order = {"batch_sampler": batches, "generator": torch.Generator().manual_seed(seed)}
@@ -70,7 +72,7 @@ def endless_batches(
 
 
 class EpochBatches(Sampler[list[int]]):
-    """Index lists of one rank's batches, from batch ``start`` on and without end."""
+    """Index lists of one rank's batches, from item ``start`` of the epochs on and without end."""
 
     def __init__(
         self,
@@ -90,17 +92,29 @@ class EpochBatches(Sampler[list[int]]):
         self.world_size = world_size
         self.shuffle = shuffle
 
+        self._epoch = -1
+        self._order = np.arange(0)
+
     def __iter__(self) -> Iterator[list[int]]:
-        global_batch = self.batch_size * self.world_size
-        epoch, first = divmod(self.start, self.num_items // global_batch)
+        begin = self.start + self.rank * self.batch_size
         while True:
-            order = np.arange(self.num_items)
-            if self.shuffle:
-                order = np.random.default_rng((self.seed, epoch)).permutation(order)
-            for batch in range(first, self.num_items // global_batch):
-                begin = batch * global_batch + self.rank * self.batch_size
-                yield order[begin : begin + self.batch_size].tolist()
-            epoch, first = epoch + 1, 0
+            yield self.items(begin, begin + self.batch_size)
+            begin += self.batch_size * self.world_size
+
+    def items(self, begin: int, end: int) -> list[int]:
+        """Which items stand at the places from ``begin`` to below ``end`` of all epochs."""
+        found: list[int] = []
+        while begin < end:
+            epoch, first = divmod(begin, self.num_items)
+            if epoch != self._epoch:
+                self._epoch, self._order = epoch, np.arange(self.num_items)
+                if self.shuffle:
+                    rng = np.random.default_rng((self.seed, epoch))
+                    self._order = rng.permutation(self._order)
+            part = self._order[first : first + end - begin].tolist()
+            found += part
+            begin += len(part)
+        return found
 
 
 class ErrorsAsItems(Dataset):

@@ -1,23 +1,25 @@
 """BraTS scans: modalities, labels and their grey codes, finding cases, volumes to slices.
 
-Legend: X, Y, Z are the axes of a NIfTI volume; a slice is ``volume[:, :, z]``, so its rows are
-axis X and its columns axis Y, and slice numbers count from 1 as in the published file names.
+Legend: X, Y, Z are the axes of a volume in the challenge's orientation, LPS: they run to the left,
+to the back and up. A slice is ``volume[:, :, z]``, so its rows are axis X and its columns axis Y,
+and slice numbers count from 1 as in the published file names.
 """
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import re
-import zlib
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import blobfile as bf
-import nibabel as nib
 import numpy as np
+
+from improved_diffusion.input_files import is_broken_link, open_file
+from improved_diffusion.nifti_import import MAX_PLACE_MM, ORIENTATION, read_volume, shape_text
 
 CHANNELS = ("FLAIR", "Seg", "T1", "T1CE", "T2")  # the order of channels in every tensor
 MASK_CHANNEL = "Seg"
@@ -33,6 +35,7 @@ LABEL_NAMES = {0: "background", 51: "necrotic core", 102: "oedema", 204: "enhanc
 PALETTE = {0: (0, 0, 0), 51: (213, 94, 0), 102: (0, 158, 115), 204: (240, 228, 66)}
 
 IMAGE_SIZE = 256
+MAX_SLICES = 1024  # BraTS has 155
 COVERAGE_THRESHOLD = 50  # of 255, after the recipe's scaling, before rounding
 COVERAGE_FRACTION = 0.15  # of the IMAGE_SIZE x IMAGE_SIZE pixels
 COVERAGE_ORDER = ("T1", "T1CE", "FLAIR", "T2")  # the first that a case has decides
@@ -67,12 +70,14 @@ _NIFTI_SUFFIXES = {
 _FOREIGN_PREFIX_SUFFIX = "segm"
 _NIFTI_NAME = re.compile(
     rf"(?:(?P<prefix>.+)[_-])?(?P<suffix>{'|'.join(_NIFTI_SUFFIXES)})\.nii(?:\.gz)?",
-    re.IGNORECASE,
+    re.IGNORECASE | re.DOTALL,
 )
 # BraTS 2023 and later: the last number is the time point, so several cases are one patient.
 _TIME_POINT = re.compile(r"(?P<patient>BraTS-[A-Za-z]+-\d+)-\d+")
 
 _AFFINE_TOLERANCE_MM = 1.0
+# Of the voxels other than 0. Interpolation leaves a few below 0; z-scores and CT have many.
+_NEGATIVE_FRACTION = 0.25
 
 
 # ---------------------------------------------------------------------------------- channels, names
@@ -103,9 +108,10 @@ def slice_name(stem: str, channel: str) -> str:
 def split_slice_name(name: str, channel: str) -> str:
     """Stem of a slice's file name: without extension and, where present, the channel's suffix.
 
-    The suffix may be in any case; a plain ``Subject_001_slice_70.png`` gives the same stem.
+    The suffix may be in any case; a plain ``Subject_001_slice_70.png`` gives the same stem. An
+    accented letter may be one character or two, as macOS writes it: the stem has one (NFC).
     """
-    stem = os.path.splitext(name)[0]
+    stem = unicodedata.normalize("NFC", os.path.splitext(name)[0])
     suffix = f"_{SUFFIXES[channel]}"
     if stem.lower().endswith(suffix.lower()):
         return stem[: -len(suffix)]
@@ -115,7 +121,9 @@ def split_slice_name(name: str, channel: str) -> str:
 def natural_key(text: str) -> tuple:
     """Sort key that orders the numbers in names by value: ``slice_9`` before ``slice_10``."""
     parts = re.split(r"(\d+)", text)
-    return tuple(int(part) if i % 2 else part for i, part in enumerate(parts)), text
+    # Of two numbers the one with more digits is larger; int() has a limit.
+    parts[1::2] = [(len(number), number) for part in parts[1::2] for number in [part.lstrip("0")]]
+    return tuple(parts), text
 
 
 def _nearest_codes() -> np.ndarray:
@@ -165,17 +173,21 @@ def find_cases(brats_dir: str, channels: Iterable[str]) -> list[Case]:
     A case is a folder whose files share a prefix and end in a modality's suffix, with ``_`` or
     ``-`` before it, as ``.nii`` or ``.nii.gz``: ``_flair, _t1, _t1ce, _t2, _seg`` (to 2022) or
     ``-t2f, -t1n, -t1c, -t2w, -seg`` (2023 on). Hidden files and ``.partial`` folders are not read.
+    Links are followed, also out of ``brats_dir``.
 
     :param channels: the modalities that every case must have.
     :raises ValueError: no folder, no case, a missing or doubled modality, several cases in one
-        folder, or one case name in two folders.
+        folder, one case name in two folders, a folder that cannot be read, or a broken link.
     """
     if not os.path.isdir(brats_dir):
         raise ValueError(f"--brats_dir {brats_dir} is not a folder.")
     cases: dict[str, Case] = {}
+    other_name = None
     for folder, names in _walk(brats_dir):
         matches = [match for name in names if (match := _NIFTI_NAME.fullmatch(name))]
         if not matches:
+            others = (name for name in names if name.lower().endswith((".nii", ".nii.gz")))
+            other_name = other_name or next(others, None)
             continue
         case = _case_in_folder(folder, matches, channels)
         if case.name in cases:
@@ -185,18 +197,26 @@ def find_cases(brats_dir: str, channels: Iterable[str]) -> list[Case]:
             )
         cases[case.name] = case
     if not cases:
+        found = f" It holds {other_name}: rename such files." if other_name else ""
         raise ValueError(
             f"no BraTS case found in {brats_dir}: expected a folder per patient with files that"
             " end in _flair, _t1, _t1ce, _t2, _seg (or, as from 2023 on, -t2f, -t1n, -t1c, -t2w,"
-            " -seg) and .nii or .nii.gz."
+            f" -seg) and .nii or .nii.gz.{found}"
         )
     return sorted(cases.values(), key=lambda case: natural_key(case.name))
 
 
 def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
     """Folders below ``root`` with their file names; follows links, but into no folder twice."""
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(
+            f"the folder {error.filename} cannot be read: {error.strerror}; make it readable or"
+            " remove it."
+        ) from error
+
     seen = {os.path.realpath(root)}
-    for folder, subfolders, names in os.walk(root, followlinks=True):
+    for folder, subfolders, names in os.walk(root, followlinks=True, onerror=refuse):
         fresh = []
         for name in sorted(subfolders):
             real = os.path.realpath(os.path.join(folder, name))
@@ -204,7 +224,11 @@ def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
                 seen.add(real)
                 fresh.append(name)
         subfolders[:] = fresh
-        yield folder, sorted(name for name in names if not name.startswith("."))
+        visible = sorted(name for name in names if not name.startswith("."))
+        for path in (os.path.join(folder, name) for name in visible):
+            if is_broken_link(path):
+                raise ValueError(f"{path} is a link that leads nowhere: restore or remove it.")
+        yield folder, visible
 
 
 def _case_in_folder(folder: str, matches: list[re.Match], channels: Iterable[str]) -> Case:
@@ -213,7 +237,7 @@ def _case_in_folder(folder: str, matches: list[re.Match], channels: Iterable[str
     for match in matches:
         suffix = match["suffix"].lower()
         if suffix != _FOREIGN_PREFIX_SUFFIX:
-            prefixes.add(match["prefix"] or "")
+            prefixes.add(unicodedata.normalize("NFC", match["prefix"] or ""))
     if len(prefixes) > 1:
         raise ValueError(
             f"{folder} holds files of more than one case ({', '.join(sorted(prefixes)[:3])});"
@@ -255,20 +279,30 @@ def read_case(case: Case, channels: Iterable[str]) -> Iterator[tuple[str, np.nda
     """
     first = case.coverage_modality
     wanted = [first, *(channel for channel in CHANNELS if channel in channels and channel != first)]
-    shape = affine = None
+    largest = (IMAGE_SIZE, IMAGE_SIZE, MAX_SLICES)
+    shape = affine = unplaced = turned = None
     for channel in wanted:
         path = case.files[channel]
-        volume, own_affine = read_volume(path)
+        volume, own_affine, orientation = read_volume(path, largest)
         if channel == MASK_CHANNEL:
             volume = check_labels(volume, path)
         else:
             check_intensities(volume, path)
+        if orientation is None:
+            unplaced = path
+        elif orientation != ORIENTATION:
+            turned = f"{path} is stored as {orientation}"
+        if unplaced and turned:
+            raise ValueError(
+                f"{unplaced} does not say how it lies (its sform and qform codes are 0), but"
+                f" {turned}, not {ORIENTATION}, so the two cannot be matched: give both an affine."
+            )
         if shape is None:
             shape = volume.shape
         elif volume.shape != shape:
             raise ValueError(
-                f"{path} has {_shape_text(volume.shape)} voxels but {case.files[first]} has"
-                f" {_shape_text(shape)}: the volumes of a case must have the same shape;"
+                f"{path} has {shape_text(volume.shape)} voxels but {case.files[first]} has"
+                f" {shape_text(shape)}: the volumes of a case must have the same shape;"
                 " resample one of them or leave the case out."
             )
         if own_affine is not None:
@@ -283,64 +317,23 @@ def read_case(case: Case, channels: Iterable[str]) -> Iterator[tuple[str, np.nda
         yield channel, volume, np.eye(4) if affine is None else affine
 
 
-def read_volume(path: str) -> tuple[np.ndarray, np.ndarray | None]:
-    """Read a NIfTI-1 file, gzipped or not (told by content, not by name).
-
-    The whole file is decompressed, so gzip's checksum finds damage that nibabel's lazy reading
-    would pass over.
-
-    :returns: the volume [X, Y, Z] and its affine [4, 4], None where the file states no position.
-    :raises ValueError: unreadable, truncated, not 3-D, or larger in-plane than 256 x 256.
-    """
-    try:
-        with open(path, "rb") as file:
-            content = file.read()
-        if content[:2] == b"\x1f\x8b":
-            content = gzip.decompress(content)
-        image = nib.Nifti1Image.from_bytes(content)
-        volume = np.asanyarray(image.dataobj)
-    except (
-        OSError,  # gzip's checksum, nibabel's short read, the file system
-        EOFError,
-        zlib.error,
-        ValueError,
-        nib.spatialimages.HeaderDataError,
-        nib.filebasedimages.ImageFileError,
-        nib.wrapstruct.WrapStructError,  # fewer bytes than a header
-    ) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(
-            f"{path} cannot be read as NIfTI ({reason}): it is truncated or damaged; copy or"
-            " download it again."
-        ) from error
-    if volume.ndim != 3:
-        raise ValueError(
-            f"{path} is {volume.ndim}-D ({_shape_text(volume.shape)}): expected one 3-D volume per"
-            " modality; split stacked modalities into files of their own first."
-        )
-    if max(volume.shape[:2]) > IMAGE_SIZE:
-        raise ValueError(
-            f"{path} has slices of {_shape_text(volume.shape[:2])} pixels: at most"
-            f" {IMAGE_SIZE}x{IMAGE_SIZE} fit; crop or resample the case first."
-        )
-    header = image.header
-    positioned = header["sform_code"] > 0 or header["qform_code"] > 0
-    # Adding 0.0 turns -0.0 into 0.0.
-    return volume, np.asarray(image.affine, dtype=np.float64) + 0.0 if positioned else None
-
-
 def check_intensities(volume: np.ndarray, path: str) -> None:
-    """Refuse an image volume that holds NaN or infinity, or nothing above 0."""
-    if volume.dtype.kind not in "iuf":
-        raise ValueError(f"{path} holds {volume.dtype} voxels: expected integers or floats.")
+    """Refuse an image volume that holds NaN or infinity, nothing above 0, or much below 0."""
     if volume.dtype.kind == "f":
         bad = volume.size - int(np.count_nonzero(np.isfinite(volume)))
         if bad:
             raise ValueError(
                 f"{path} holds {bad} voxels that are NaN or infinite: repair or replace the file."
             )
-    if volume.size == 0 or volume.max() <= 0:
+    if volume.max() <= 0:
         raise ValueError(f"{path} has no voxel above 0: the volume is empty; replace the file.")
+    negative = np.count_nonzero(volume < 0) / np.count_nonzero(volume)
+    if negative > _NEGATIVE_FRACTION:
+        raise ValueError(
+            f"{path} has {negative:.0%} of its voxels other than 0 below 0, which would all become"
+            " black: it seems normalised (z-scores) or no MRI; give the intensities as BraTS"
+            " publishes them."
+        )
 
 
 def check_labels(volume: np.ndarray, path: str) -> np.ndarray:
@@ -364,15 +357,12 @@ def check_labels(volume: np.ndarray, path: str) -> np.ndarray:
     return volume.astype(np.uint8)
 
 
-def _shape_text(shape: Sequence[int]) -> str:
-    return "x".join(str(size) for size in shape)
-
-
 def _corner_gap_mm(shape: Sequence[int], a: np.ndarray, b: np.ndarray) -> float:
     """Largest distance between where two affines put the corners of a volume, in mm."""
     corners = np.array(np.meshgrid(*[(0, size - 1) for size in shape], indexing="ij"))
     voxels = np.vstack([corners.reshape(3, -1), np.ones(8)])  # [4, 8]
-    return float(np.linalg.norm(((a - b) @ voxels)[:3], axis=0).max())
+    with np.errstate(over="ignore"):
+        return float(np.linalg.norm(((a - b) @ voxels)[:3], axis=0).max())
 
 
 # -------------------------------------------------------------------------------- volumes to slices
@@ -474,29 +464,56 @@ def read_dataset_json(folder: str) -> dict[str, Any] | None:
     :raises ValueError: the file is there but is damaged or of another format.
     """
     path = bf.join(folder, DATASET_FILE)
-    if not bf.exists(path):
+    if not bf.exists(path) and not is_broken_link(path):
         return None
-    try:
-        with bf.BlobFile(path, "r") as file:
-            dataset = json.load(file)
-        known = dataset["format"] == DATASET_FORMAT and dataset["version"] == DATASET_VERSION
-        sound = all(
-            case["split"] in ("train", "test")
-            and isinstance(case["subject"], str)
-            and all(isinstance(z, int) for z in case["slices"])
-            for case in dataset["cases"]
-        )
-        if not sound:
-            raise ValueError("a case lacks its subject, split or slice numbers")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{path} is damaged ({type(error).__name__}: {error}): restore it, or prepare the"
-            " folder anew with scripts/brats_prepare.py."
-        ) from error
+    with open_file(path) as file:
+        try:
+            dataset = json.loads(file.read().decode("utf-8-sig"))
+            found = dataset["format"], dataset["version"]
+            known = found == (DATASET_FORMAT, DATASET_VERSION)
+            if known:
+                _check_dataset(dataset)
+        except Exception as error:  # what arbitrary content raises has no bound
+            raise ValueError(
+                f"{path} is damaged ({type(error).__name__}: {error}): restore it, or prepare the"
+                " folder anew with scripts/brats_prepare.py."
+            ) from error
     if not known:
         raise ValueError(
-            f"{path} has format {dataset['format']!r} version {dataset['version']!r}: expected"
-            f" {DATASET_FORMAT!r} version {DATASET_VERSION}; prepare the folder anew with"
+            f"{path} has format {found[0]!r:.80} version {found[1]!r:.80}:"
+            f" expected {DATASET_FORMAT!r} version {DATASET_VERSION}; prepare the folder anew with"
             " scripts/brats_prepare.py."
         )
     return dataset
+
+
+def _check_dataset(dataset: dict[str, Any]) -> None:
+    """See that what others rely on has the right types, and that no slice is listed twice.
+
+    :raises ValueError: it has not; other errors where it is of quite another form.
+    """
+    listed = set()
+    for case in dataset["cases"]:
+        subject, slices = case["subject"], case["slices"]
+        if case["split"] not in ("train", "test") or not isinstance(subject, str):
+            raise ValueError("a case lacks its subject or split")
+        if not isinstance(slices, list) or not all(type(z) is int and z > 0 for z in slices):
+            raise ValueError(f"the slices of {subject!r:.80} are no list of numbers")
+        own = {f"{unicodedata.normalize('NFC', subject)}_slice_{z}" for z in slices}
+        if len(own) < len(slices) or own & listed:
+            raise ValueError(f"a slice of {subject!r:.80} is listed twice")
+        listed |= own
+    if geometry := dataset.get("geometry"):
+        affine = np.array(geometry["affine"], dtype=np.float64)
+        shape, padding = geometry["volume_shape"], geometry["padding"]
+        numbers = [*shape, *padding[0], *padding[1], dataset["image_size"]]
+        sound = (
+            (affine.shape, len(shape), len(padding), len(numbers)) == ((4, 4), 3, 2, 8)
+            and affine[3].tolist() == [0, 0, 0, 1]
+            and np.abs(affine).max() < MAX_PLACE_MM
+            and all(type(number) is int and 0 <= number < 2**31 for number in numbers)
+            and dataset["image_size"] > 0
+            and dataset["label_convention"] in (None, "2020", "2023", "either")
+        )
+        if not sound:
+            raise ValueError("its geometry is not that of slices")

@@ -27,17 +27,22 @@ from improved_diffusion.seeds import check_seed
 _TEST_SHARE = 56 / 369
 # Fixed, so that the bytes do not depend on a library's default.
 _PNG_OPTIONS = {"format": "PNG", "compress_level": 6, "optimize": False}
-_AXES = {
-    "rows": "volume axis 0",
-    "columns": "volume axis 1",
-    "slice_number": "volume axis 2, counted from 1",
+_AXES = {  # of the volume as nifti_import turns it
+    "rows": "volume axis 0, to the left",
+    "columns": "volume axis 1, to the back",
+    "slice_number": "volume axis 2, upwards, counted from 1",
 }
+
+
+# File -> size and time of change: tells whether a case is still what was read before.
+_Sources = dict[str, list[int]]
 
 
 class _Task(NamedTuple):
     """What a worker needs to convert one case."""
 
     case: brats.Case
+    sources: _Sources  # when the case was checked
     subject: str
     channels: list[str]
     recipe: str
@@ -86,7 +91,7 @@ def prepare(
         "test_patients": len(test),
         "seed": seed,
     }
-    out_dir = os.path.normpath(out_dir)
+    out_dir = os.path.realpath(out_dir) if os.path.islink(out_dir) else os.path.normpath(out_dir)
     partial = f"{out_dir}.partial"
     done = _existing_result(out_dir, settings)
     if done is not None:
@@ -102,14 +107,15 @@ def prepare(
     workers = min(default_workers() if workers is None else workers, max(1, len(open_cases)))
     with process_map(workers) as pmap:
         checks = pmap(_check_case, [(case, channels, recipe) for case, _ in open_cases])
-        checks = progress(checks, total=len(open_cases), desc="checking", unit="patient")
-        labels = dict(checks)
+        checks = list(progress(checks, total=len(open_cases), desc="checking", unit="patient"))
+        labels = {case.name: found for (case, _), (found, _) in zip(open_cases, checks)}
         labels |= {record["case"]: record["labels"] for record in records.values()}
         convention = brats.label_convention(labels) if brats.MASK_CHANNEL in channels else None
         with _partial_folder(partial, settings, channels):
             _remove_unfinished(partial, channels, keep=set(records))
             tasks = [
-                _Task(case, subject, channels, recipe, partial) for case, subject in open_cases
+                _Task(case, sources, subject, channels, recipe, partial)
+                for (case, subject), (_, sources) in zip(open_cases, checks)
             ]
             done_tasks = pmap(_convert_case, tasks)
             list(progress(done_tasks, total=len(tasks), desc="preparing", unit="patient"))
@@ -162,22 +168,22 @@ def choose_test_patients(
 # ------------------------------------------------------------------------------------ one case
 
 
-def _check_case(task: tuple[brats.Case, list[str], str]) -> tuple[str, list[int]]:
-    """Read a whole case and find out whether it can be converted: its name and its labels."""
+def _check_case(task: tuple[brats.Case, list[str], str]) -> tuple[list[int], _Sources]:
+    """Read a whole case and find out whether it can be converted: its labels, and its files."""
     case, channels, recipe = task
+    sources = _source_state(case)
     labels: list[int] = []
     for channel, volume, _ in brats.read_case(case, channels):
         if channel == brats.MASK_CHANNEL:
             labels = np.unique(volume).tolist()
         else:
             brats.intensity_scale(volume, recipe, case.files[channel])
-    return case.name, labels
+    return labels, sources
 
 
 def _convert_case(task: _Task) -> str:
     """Write a case's slices, then the record that says so; gives the subject's name."""
-    case, subject, channels, recipe, partial = task
-    sources = _source_state(case)
+    case, sources, subject, channels, recipe, partial = task
     slices: list[int] = []
     scales: dict[str, dict[str, float]] = {}
     labels: list[int] = []
@@ -200,6 +206,11 @@ def _convert_case(task: _Task) -> str:
             Image.fromarray(levels).save(
                 os.path.join(partial, "slices", channel, name), **_PNG_OPTIONS
             )
+    if _source_state(case) != sources:
+        raise ValueError(
+            f"the files in {case.folder} changed while they were read: start again when they are"
+            " complete."
+        )
     record = {
         "case": case.name,
         "patient": case.patient,
@@ -215,11 +226,13 @@ def _convert_case(task: _Task) -> str:
     return subject
 
 
-def _source_state(case: brats.Case) -> dict[str, list[int]]:
-    """File -> size and time of change: tells whether a case is still what was converted."""
+def _source_state(case: brats.Case) -> _Sources:
     state = {}
     for path in case.files.values():
-        status = os.stat(path)
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise ValueError(f"{path} cannot be opened ({error.strerror}): restore it.") from error
         state[os.path.basename(path)] = [status.st_size, status.st_mtime_ns]
     return state
 
@@ -229,7 +242,7 @@ def _source_state(case: brats.Case) -> dict[str, list[int]]:
 
 def _existing_result(out_dir: str, settings: dict[str, Any]) -> dict[str, Any] | None:
     """``dataset.json`` of an ``out_dir`` that is complete with these settings; None if absent."""
-    if not os.path.exists(out_dir):
+    if not os.path.lexists(out_dir):
         return None
     if not os.path.isdir(out_dir):
         raise ValueError(f"--out_dir {out_dir} is a file: name a new folder.")
@@ -285,11 +298,11 @@ def _reusable_records(
 
     :raises ValueError: the folder is not ours, or was begun with other settings.
     """
-    if not os.path.isdir(partial) or not os.listdir(partial):
+    if not os.path.lexists(partial) or (os.path.isdir(partial) and not os.listdir(partial)):
         return {}
     settings_path = os.path.join(partial, "state", "settings.json")
     if not os.path.exists(settings_path):
-        raise ValueError(f"{partial} holds files of another origin: delete it or change --out_dir.")
+        raise ValueError(f"{partial} is of another origin: delete it or change --out_dir.")
     _refuse_other_settings(partial, _read_json(settings_path), settings)
     names = {
         channel: set(os.listdir(os.path.join(partial, "slices", channel)))
@@ -358,9 +371,13 @@ def _read_record(partial: str, subject: str) -> dict[str, Any]:
     return _read_json(_record_path(partial, subject))
 
 
-def _read_json(path: str) -> Any:
-    with open(path, encoding="utf-8") as file:
-        return json.load(file)
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            return dict(json.load(file))
+    except (ValueError, TypeError) as error:
+        folder = os.path.dirname(os.path.dirname(path))
+        raise ValueError(f"{path} is damaged: delete {folder} and start again.") from error
 
 
 def _write_json(path: str, value: object) -> None:

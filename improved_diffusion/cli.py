@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TypeVar
 
@@ -27,12 +28,15 @@ def run(main: Callable[[], None]) -> None:
     memory. Any other exception is a bug and keeps its traceback. With the environment variable
     ``IMPROVED_DIFFUSION_TRACEBACK=1`` the traceback of a user's error is shown too.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # file names may hold any bytes
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except (ValueError, OSError) as error:
         if _shows_traceback():
             raise
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr, flush=True)
         sys.exit(2)
     except RuntimeError as error:
         # torch.OutOfMemoryError, known by its name because not every script loads torch.
@@ -44,6 +48,18 @@ def run(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr, flush=True)
         sys.exit(130)
+    finally:
+        _give_up_dead_terminal()
+
+
+def _give_up_dead_terminal() -> None:
+    """A terminal that was closed must not turn success into a failure of the last flush."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            with open(os.devnull, "wb") as nothing:
+                os.dup2(nothing.fileno(), stream.fileno())
 
 
 def _shows_traceback() -> bool:
@@ -60,10 +76,11 @@ class Stopped(BaseException):
 
 
 @contextmanager
-def stop_at_signals() -> Iterator[None]:
-    """Raise :class:`Stopped` at the first SIGTERM or SIGINT; the second ends the process as usual.
+def on_stop_signal(action: Callable[[str], None]) -> Iterator[None]:
+    """Call ``action`` with the name of the first SIGTERM, SIGINT or SIGHUP; the second ends all.
 
-    Outside of the main thread Python takes no signals.
+    A SIGHUP that is ignored, as under ``nohup``, stays so. Outside of the main thread Python takes
+    no signals.
     """
     # torchrun passes on a signal that may have come here as well, and kills who stays.
     second = signal.SIG_IGN if "TORCHELASTIC_RUN_ID" in os.environ else signal.SIG_DFL
@@ -71,19 +88,30 @@ def stop_at_signals() -> Iterator[None]:
     def handle(number: int, frame: FrameType | None) -> None:
         for other in previous:
             signal.signal(other, second)
-        raise Stopped(signal.Signals(number).name)
+        action(signal.Signals(number).name)
 
     previous = {}
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
+    with suppress(ValueError):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             previous[number] = signal.signal(number, handle)
-    except ValueError:
-        pass
     try:
         yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def stop_at_signals() -> Iterator[None]:
+    """Raise :class:`Stopped` at the first signal that :func:`on_stop_signal` takes."""
+
+    def stop(name: str) -> None:
+        raise Stopped(name)
+
+    with on_stop_signal(stop):
+        yield
 
 
 class Progress:
@@ -106,11 +134,11 @@ class Progress:
         if self._bar is None:
             print(f"{desc}: 0/{total} {unit}", file=sys.stderr, flush=True)
 
-    def advance(self) -> None:
-        """One more item is done."""
-        self.done += 1
+    def advance(self, count: int = 1) -> None:
+        """So many more items are done."""
+        self.done += count
         if self._bar is not None:
-            self._bar.update()
+            self._bar.update(count)
             return
         now = time.monotonic()
         if self.done == self.total or now - self._last >= 30:

@@ -7,8 +7,9 @@ import ctypes
 from collections.abc import Callable
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
-from improved_diffusion import logger
+from improved_diffusion import dist_util, logger
 from improved_diffusion.fp16_util import CONVOLUTIONS
 from improved_diffusion.unet import UNetModel
 
@@ -66,18 +67,24 @@ class Compiled:
 
 def for_training(
     model: torch.nn.Module, dtype: torch.dtype, compile: str, device: torch.device
-) -> Callable[..., torch.Tensor]:
+) -> tuple[Callable[..., torch.Tensor], DistributedDataParallel | None]:
     """The network as training steps call it; parameters keep their type.
 
     :param compile: ``on``, ``off``, or ``auto``: on a GPU.
+    :return: the network, and under several processes the wrapper in it that adds up gradients.
     :raises ValueError: an unknown mode.
     """
     check_compile_mode(compile)
     if isinstance(model, UNetModel):
         model.compute_dtype = dtype
-        if device.type == "cpu":
-            _suit_cpu(model)
-    return _compiled(model, dtype, compile, device, worth=True, reduce_overhead=False)
+    compiles = _is_compiled(compile, device, worth=True)
+    _lay_out(model, dtype, device, compiles)
+    parallel = None
+    if dist_util.world_size() > 1:
+        group = dist_util.gradient_group(device)
+        parallel = DistributedDataParallel(model, process_group=group)
+    network = model if parallel is None else parallel
+    return Compiled(network) if compiles else network, parallel
 
 
 def for_sampling(
@@ -105,34 +112,26 @@ def for_sampling(
         for layer in block.modules():
             if isinstance(layer, CONVOLUTIONS):
                 layer.to(dtype)
-    if device.type == "cpu":
-        _suit_cpu(model)
-    worth = evaluations >= WORTH_COMPILING
-    return _compiled(model, dtype, compile, device, worth=worth, reduce_overhead=True)
+    compiles = _is_compiled(compile, device, worth=evaluations >= WORTH_COMPILING)
+    _lay_out(model, dtype, device, compiles)
+    return Compiled(model, reduce_overhead=device.type == "cuda") if compiles else model
 
 
-def _compiled(
-    model: torch.nn.Module,
-    dtype: torch.dtype,
-    compile: str,
-    device: torch.device,
-    *,
-    worth: bool,
-    reduce_overhead: bool,
-) -> Callable[..., torch.Tensor]:
-    """The network compiled or as it is; ``auto`` compiles on a GPU where that is ``worth`` it."""
-    on_gpu = device.type == "cuda"
-    if compile == "off" or (compile == "auto" and not (on_gpu and worth)):
-        return model
-    if on_gpu and dtype != torch.float32:
+def _is_compiled(compile: str, device: torch.device, *, worth: bool) -> bool:
+    """Whether to compile; ``auto`` does on a GPU where that is ``worth`` it."""
+    return compile == "on" or (compile == "auto" and device.type == "cuda" and worth)
+
+
+def _lay_out(
+    model: torch.nn.Module, dtype: torch.dtype, device: torch.device, compiles: bool
+) -> None:
+    """Give the weights the memory layout in which the device's convolutions are fastest."""
+    if device.type == "cpu" and isinstance(model, UNetModel):
+        model.to(memory_format=torch.channels_last)
+        _keep_freed_memory()
+    elif device.type == "cuda" and compiles and dtype != torch.float32:
         # Compiled code keeps this layout through every layer; layers one by one do not.
         model.to(memory_format=torch.channels_last)
-    return Compiled(model, reduce_overhead=on_gpu and reduce_overhead)
-
-
-def _suit_cpu(model: torch.nn.Module) -> None:
-    model.to(memory_format=torch.channels_last)  # in which its convolutions are fastest
-    _keep_freed_memory()
 
 
 def _keep_freed_memory() -> None:

@@ -36,9 +36,20 @@ def atomic_write(path: str) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
+        _sync_folder(os.path.dirname(path) or ".")
     except BaseException as error:
         with contextlib.suppress(OSError):
             os.unlink(partial)
         if isinstance(error, OSError):
             raise OSError(f"cannot write {path}: {error.strerror or error}") from error
         raise
+
+
+def _sync_folder(folder: str) -> None:
+    """Let the new name survive a power failure, where the file system can be asked to."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)

@@ -8,6 +8,7 @@ Legend: N batch, C channels (3 RGB, 1 grey), H rows, W columns.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 
 import blobfile as bf
@@ -18,9 +19,12 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from improved_diffusion.batches import Batch, endless_batches
+from improved_diffusion.files import is_remote
+from improved_diffusion.input_files import decode_picture, list_folder
 from improved_diffusion.seeds import check_seed
 
 EXTENSIONS = ("jpg", "jpeg", "png", "gif")
+FORMATS = ("PNG", "JPEG", "GIF", "WEBP")  # told by content, whatever the extension
 MODES = {3: "RGB", 1: "L"}
 
 
@@ -89,21 +93,25 @@ def load_data(
     deterministic: bool = False,
     channels: int = 3,
     seed: int | None = None,
-    start_batch: int = 0,
+    start: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
     num_workers: int = 1,
     low_res_size: int | None = None,
 ) -> Iterator[Batch]:
     """Endless batches of a folder's pictures: float32 [N, C, H, W] in [-1, 1], each with a dict.
 
     :param data_dir: folder, local or remote, searched with all folders in it.
-    :param batch_size: N; an epoch's last incomplete batch is dropped.
+    :param batch_size: N, pictures per batch and process.
     :param image_size: H and W, see :class:`ImageDataset`.
     :param class_cond: put classes ``y`` int64 [N] into the dict, numbered as in
         :func:`class_names`.
     :param deterministic: keep the sorted order of the files in every epoch.
     :param channels: 3: RGB, 1: grey.
     :param seed: decides the order of every epoch; None: torch's global generator does.
-    :param start_batch: batches that an earlier run with this seed has consumed.
+    :param start: pictures that an earlier run with this seed has consumed.
+    :param rank: of this process, of ``world_size``, see
+        :func:`improved_diffusion.batches.endless_batches`.
     :param num_workers: processes that decode; 0: decode in this one.
     :param low_res_size: put ``low_res`` [N, C, h, w] into the dict, see :class:`ImageDataset`.
     :raises ValueError: no such folder, no picture in it, or fewer than ``batch_size``; from the
@@ -118,17 +126,20 @@ def load_data(
         class_cond=class_cond,
         low_res_size=low_res_size,
     )
-    if not 1 <= batch_size <= len(dataset):
+    if not 1 <= batch_size * world_size <= len(dataset):
+        across = f" on each of {world_size} processes" if world_size > 1 else ""
         raise ValueError(
-            f"--batch_size {batch_size}: {data_dir} has {len(dataset)} pictures, so a batch can"
-            f" hold 1 to {len(dataset)}."
+            f"--batch_size {batch_size}{across}: {data_dir} has {len(dataset)} pictures, so a batch"
+            f" can hold 1 to {len(dataset) // world_size}."
         )
     return endless_batches(
         dataset,
         batch_size,
         seed=seed,
         deterministic=deterministic,
-        start_batch=start_batch,
+        start=start,
+        rank=rank,
+        world_size=world_size,
         num_workers=num_workers,
     )
 
@@ -181,30 +192,26 @@ def _class_name(path: str) -> str:
     return bf.basename(path).split("_")[0]
 
 
-def _walk(folder: str) -> Iterator[str]:
-    for name in sorted(bf.listdir(folder)):
+def _walk(folder: str, seen: set[str] | None = None) -> Iterator[str]:
+    """Pictures in and below ``folder``; follows links, but into no folder twice."""
+    seen = set() if seen is None else seen
+    if not is_remote(folder):
+        real = os.path.realpath(folder)
+        if real in seen:
+            return
+        seen.add(real)
+    for name, is_folder in list_folder(folder):
         path = bf.join(folder, name)
-        if name.startswith("."):  # what file browsers leave behind
-            continue
-        if "." in name and name.rsplit(".", 1)[1].lower() in EXTENSIONS:
+        if is_folder:
+            yield from _walk(path, seen)
+        elif "." in name and name.rsplit(".", 1)[1].lower() in EXTENSIONS:
             yield path
-        elif bf.isdir(path):
-            yield from _walk(path)
 
 
 def _read_picture(path: str, mode: str) -> Image.Image:
-    try:
-        with bf.BlobFile(path, "rb") as file:
-            picture = Image.open(file)
-            coding = str(picture.tile)  # gone after loading
-            picture.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{path} cannot be decoded ({error}): it is truncated, damaged or no picture; replace"
-            " or remove it."
-        ) from error
+    picture, bits = decode_picture(path, FORMATS)
     # Pillow cuts colours of 16 bits to 8 by itself, and greys of 16 bits when they are converted.
-    if picture.mode.startswith(("I", "F")) or ";16" in coding:
+    if picture.mode.startswith(("I", "F")) or bits > 8:
         raise ValueError(f"{path} has 16 or more bits per channel: expected 8 bits; convert it.")
     # Before scaling, because a palette's numbers must not be averaged.
     return picture.convert(mode)

@@ -5,8 +5,9 @@ values and ``dumpkvs()`` writes what was collected as one row. Files that exist 
 never overwritten, so a resumed run keeps one log. ``drop_rows_after(step)`` removes the rows of
 work that was lost with the last interruption.
 
-Nothing is kept open between two writes: a killed run loses at most the line being written. A
-remote folder (``gs://...`` and the others that blobfile knows) works the same way, but appending
+Nothing is kept open between two writes: a killed run loses at most the line being written. What
+cannot be written, because a disk is full or gone, is kept for the next write and never ends a run.
+A remote folder (``gs://...`` and the others that blobfile knows) works the same way, but appending
 there means downloading and uploading the file, so log rarely (``--log_interval``) or log locally.
 """
 
@@ -83,6 +84,7 @@ class HumanOutputFormat(KVWriter, SeqWriter):
 
     def __init__(self, filename_or_file: str | TextIO | None = None) -> None:
         self._target = filename_or_file
+        self._file = Appended(filename_or_file) if isinstance(filename_or_file, str) else None
 
     def writekvs(self, kvs: Mapping[str, Value]) -> None:
         """Write the table, sorted by key; floats with five significant digits."""
@@ -98,8 +100,8 @@ class HumanOutputFormat(KVWriter, SeqWriter):
         self._write(" ".join(seq) + "\n")
 
     def _write(self, text: str) -> None:
-        if isinstance(self._target, str):
-            _append(self._target, text)
+        if self._file is not None:
+            self._file.append(text)
         else:
             stream = sys.stdout if self._target is None else self._target
             stream.write(text)
@@ -112,10 +114,11 @@ class JSONOutputFormat(KVWriter):
     def __init__(self, filename: str) -> None:
         self._path = filename
         _cut_incomplete_line(filename)
+        self._file = Appended(filename)
 
     def writekvs(self, kvs: Mapping[str, Value]) -> None:
         """Append one line."""
-        _append(self._path, json.dumps(dict(sorted(kvs.items()))) + "\n")
+        self._file.append(json.dumps(dict(sorted(kvs.items()))) + "\n")
 
     def drop_rows_after(self, step: int) -> int:
         """Remove the lines whose ``step`` is larger than ``step``; returns how many."""
@@ -141,16 +144,27 @@ class CSVOutputFormat(KVWriter):
         self._path = filename
         _cut_incomplete_line(filename)
         self.keys, _ = _read_table(filename)
+        self._file = Appended(filename)
 
     def writekvs(self, kvs: Mapping[str, Value]) -> None:
         """Append one row; a missing key's cell stays empty."""
         new_keys = sorted(kvs.keys() - set(self.keys))
         if new_keys:
-            _, rows = _read_table(self._path)
-            self.keys = [*self.keys, *new_keys]
-            _replace(self._path, _csv_text([self.keys, *rows], width=len(self.keys)))
+            try:
+                self._file.append("")  # what is waiting has the old columns
+                self._add_columns(new_keys)
+            except OSError:
+                if not self.keys:
+                    raise
+                # The row goes without them, and the next one tries again.
         row = [_exact(kvs[key]) if key in kvs else "" for key in self.keys]
-        _append(self._path, _csv_text([row], width=len(row)))
+        self._file.append(_csv_text([row], width=len(row)))
+
+    def _add_columns(self, new_keys: list[str]) -> None:
+        _, rows = _read_table(self._path)
+        keys = [*self.keys, *new_keys]
+        _replace(self._path, _csv_text([keys, *rows], width=len(keys)))
+        self.keys = keys
 
     def drop_rows_after(self, step: int) -> int:
         """Remove the rows whose ``step`` is larger than ``step``, atomically; returns how many."""
@@ -253,6 +267,7 @@ class Logger:
         self.output_formats = output_formats
         self.set_comm(comm)
         self._sums: dict[str, tuple[float, int]] = {}
+        self._failing: set[KVWriter | SeqWriter] = set()
 
     def logkv(self, key: str, val: Any) -> None:
         """Note a value for the next row; the last of several calls counts.
@@ -278,7 +293,7 @@ class Logger:
         if row:
             for output in self.output_formats:
                 if isinstance(output, KVWriter):
-                    output.writekvs(row)
+                    self._try(output.writekvs, row)
         self.name2val.clear()
         self._sums.clear()
         return row
@@ -303,7 +318,18 @@ class Logger:
         if level >= self.level:
             for output in self.output_formats:
                 if isinstance(output, SeqWriter):
-                    output.writeseq(map(str, args))
+                    self._try(output.writeseq, [str(arg) for arg in args])
+
+    def _try(self, write: Callable[[Any], None], content: Any) -> None:
+        """Write; tell the first of failures that follow each other, which must not end a run."""
+        try:
+            write(content)
+            self._failing.discard(write.__self__)
+        except OSError as error:
+            if write.__self__ not in self._failing:
+                self._failing.add(write.__self__)
+                with contextlib.suppress(OSError):
+                    print(f"the log cannot be written: {error}", file=sys.stderr, flush=True)
 
     def set_level(self, level: int) -> None:
         """Leave out lines below ``level``; ``DISABLED`` leaves out all. Rows are not affected."""
@@ -626,9 +652,35 @@ def _read(path: str) -> str:
         return file.read().decode()
 
 
-def _append(path: str, text: str) -> None:
-    with bf.BlobFile(path, "ab") as file:
-        file.write(text.encode())
+class Appended:
+    """A text file that is appended to, and keeps what could not be written for the next time.
+
+    :raises OSError: by :meth:`append`, if the text cannot be written now.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self._waiting = ""
+        self._size = 0  # after the last write
+        self._failed = False
+
+    def append(self, text: str) -> None:
+        """Add ``text``, and before it what is waiting."""
+        self._waiting += text
+        if not self._waiting:
+            return
+        content = self._waiting.encode(errors="backslashreplace")
+        if not is_remote(self.path):
+            if os.path.exists(self.path) and not self._failed:
+                self._size = os.path.getsize(self.path)
+            self._failed = True
+            if self._size:
+                # A part may have been written; and a file that is gone must not begin anew.
+                os.truncate(self.path, self._size)
+        with bf.BlobFile(self.path, "ab") as file:
+            file.write(content)
+        self._size += len(content)
+        self._waiting, self._failed = "", False
 
 
 def _replace(path: str, text: str) -> None:

@@ -53,12 +53,14 @@ class PackedImages:
             batch = {name: value.pin_memory() for name, value in batch.items()}
         return batch.pop("images"), batch
 
-    def batches(self, batch_size: int, *, seed: int, start_batch: int = 0) -> Iterator[Batch]:
+    def batches(
+        self, batch_size: int, *, seed: int, start: int = 0, rank: int = 0, world_size: int = 1
+    ) -> Iterator[Batch]:
         """Endless shuffled batches in the order of :func:`~.batches.endless_batches`.
 
         A thread fetches the next two while the last one is used.
         """
-        numbers = EpochBatches(len(self), batch_size, seed, start_batch, 0, 1, shuffle=True)
+        numbers = EpochBatches(len(self), batch_size, seed, start, rank, world_size, shuffle=True)
         ready: queue.Queue[Batch | Exception] = queue.Queue(2)
 
         def fill() -> None:
@@ -83,8 +85,8 @@ def to_unit_range(images: torch.Tensor) -> torch.Tensor:
     return (images.double() / 127.5 - 1).float()
 
 
-def open_pack(dataset: Dataset, paths: list[str], folder: str, num_workers: int) -> PackedImages:
-    """The pack of a data set in ``folder``, made there if it is not there yet.
+def make_pack(dataset: Dataset, paths: list[str], folder: str, num_workers: int) -> None:
+    """Pack a data set into ``folder``, unless its pack is there already.
 
     :param dataset: items [C, H, W] in [-1, 1] on whole levels, with a dict of ``y`` and
         ``low_res`` or of nothing.
@@ -113,7 +115,7 @@ def open_pack(dataset: Dataset, paths: list[str], folder: str, num_workers: int)
                 f"--pack_dir {folder} was packed from other files, or for another size or other "
                 "channels; remove it, or name another folder"
             )
-        return PackedImages(folder)
+        return
 
     partial = target.with_name(f"{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -127,7 +129,6 @@ def open_pack(dataset: Dataset, paths: list[str], folder: str, num_workers: int)
     if target.exists():
         target.rmdir()
     partial.rename(target)
-    return PackedImages(folder)
 
 
 def _write(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from improved_diffusion import dist_util
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 
 NAMES = ("uniform", "loss-second-moment")
@@ -64,8 +65,17 @@ class LossAwareSampler(ScheduleSampler):
     """A sampler that learns from the losses it is shown."""
 
     def update_with_local_losses(self, local_ts: torch.Tensor, local_losses: torch.Tensor) -> None:
-        """Take in the losses [N] at timesteps [N] of this process, oldest first."""
-        self.update_with_all_losses(local_ts.tolist(), local_losses.tolist())
+        """Take in the losses [N] at timesteps [N] of this process, oldest first.
+
+        Under several processes all call this, and each takes in those of all, by rank.
+        """
+        pairs = torch.stack([local_ts.double(), local_losses.detach().double()], dim=1)
+        steps, losses = dist_util.gather_rows(pairs).unbind(dim=1)
+        self.update(steps.long(), losses)
+
+    def update(self, steps: torch.Tensor, losses: torch.Tensor) -> None:
+        """Take in float64 losses [N] at timesteps int64 [N], oldest first."""
+        self.update_with_all_losses(steps.tolist(), losses.tolist())
 
     def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:
         """Take in losses and their timesteps, oldest first."""
@@ -77,7 +87,7 @@ class LossSecondMomentResampler(LossAwareSampler):
 
     Nichol & Dhariwal 2021, Eq. 18. Uniform until every timestep has ``history_per_term`` losses.
     The losses are kept and drawn from on the device on which they come, so that training never
-    waits for them.
+    waits for them. A batch with a loss that is not finite is left out, as its step is.
 
     :param history_per_term: how many losses are kept for each timestep.
     :param uniform_prob: share of the draws that stay uniform.
@@ -118,10 +128,10 @@ class LossSecondMomentResampler(LossAwareSampler):
         t = torch.multinomial(p, batch_size, replacement=True)
         return t, (1.0 / (len(p) * p[t])).float()
 
-    def update_with_local_losses(self, local_ts: torch.Tensor, local_losses: torch.Tensor) -> None:
-        self._move(local_ts.device)
+    def update(self, steps: torch.Tensor, losses: torch.Tensor) -> None:
+        self._move(steps.device)
         kept = self.history_per_term
-        steps, losses = local_ts.long(), local_losses.detach().double()
+        usable = losses.isfinite().all()
         same = steps[:, None] == steps[None, :]
         # How many losses of the same timestep come after each one.
         later = same.triu(diagonal=1).sum(dim=1)
@@ -133,13 +143,13 @@ class LossSecondMomentResampler(LossAwareSampler):
         # A loss that is pushed out by later ones of this batch goes to a column of its own.
         padded = torch.cat([torch.zeros_like(moved[:, :1]), moved], dim=1)
         padded[steps, (kept - later).clamp(min=0)] = losses
-        self._history = padded[:, 1:].contiguous()
-        self._counts = (self._counts + new).clamp(max=kept)
+        self._history = torch.where(usable, padded[:, 1:], self._history)
+        self._counts = torch.where(usable, (self._counts + new).clamp(max=kept), self._counts)
 
     def update_with_all_losses(self, ts: Sequence[int], losses: Sequence[float]) -> None:
         device = self._history.device
-        self.update_with_local_losses(
-            torch.as_tensor(list(ts), device=device),
+        self.update(
+            torch.as_tensor(list(ts), dtype=torch.int64, device=device),
             torch.as_tensor(list(losses), dtype=torch.float64, device=device),
         )
 

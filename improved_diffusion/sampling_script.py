@@ -122,7 +122,7 @@ SUPER_RES_FLAGS = {
 }
 
 
-@dist_util.told_once()
+@dist_util.one_of_several()
 def sample(description: str, *, super_res: bool = False) -> None:
     """Read the command line, draw samples and write them.
 

@@ -5,28 +5,29 @@ Shapes: N samples of a batch, C channels, H height, W width.
 
 from __future__ import annotations
 
+import json
 import math
 import os
-import signal
+import sys
 import time
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import blobfile as bf
 import torch
 from torch.optim import AdamW
 
-from improved_diffusion import checkpoint, dist_util, execution, figures, logger, sampling
+from improved_diffusion import checkpoint, cli, dist_util, execution, figures, logger, sampling
 from improved_diffusion.cost import (
     free_memory,
     is_out_of_memory,
     largest_microbatch,
     training_cost,
 )
+from improved_diffusion.evaluation.in_training import Evaluation
 from improved_diffusion.fp16_util import choose_precision, precision_name
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
 from improved_diffusion.nn import update_ema
@@ -48,6 +49,12 @@ AUTO = "auto"
 
 # A share of the time spent waiting for data that is worth telling.
 NOTABLE_WAIT = 0.02
+
+# On a GPU the count of skipped steps is looked at so often.
+CHECK_INTERVAL = 10
+
+# What a process can do next; of several, the last of this order counts.
+_GO, _STOPPED, _ENDED, _FAILED = range(4)
 
 # Set by tests of scripts that never end: training stops after a periodic checkpoint.
 STOP_VARIABLE = "DIFFUSION_TRAINING_TEST"
@@ -150,13 +157,13 @@ class LossMeter:
         sums.index_add_(0, group, pairs)
 
     def read(self) -> dict[str, float]:
-        """The means since the last reading.
+        """The means since the last reading, over all processes.
 
         ``loss``; ``loss_q0`` to ``q3``, ``mse_class_<name>`` where there are any samples.
         """
         means = {}
         for name, sums in self._sums.items():
-            rows = sums.tolist()
+            rows = dist_util.gather_rows(sums[None]).sum(dim=0).tolist()
             groups = [f"{name}_q{i}" for i in range(QUARTILES)]
             if name == "mse_class":
                 groups = [f"{name}_{own}" for own in self.classes]
@@ -170,53 +177,58 @@ class LossMeter:
         return means
 
     def state_dict(self) -> dict[str, torch.Tensor]:
-        """What has been added since the last reading."""
-        return dict(self._sums)
+        """What every process has added since the last reading: [processes, groups, 2]."""
+        return {name: dist_util.gather_rows(sums[None]) for name, sums in self._sums.items()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from :meth:`state_dict`'s result."""
-        self._sums = dict(state)
+        """Go on from :meth:`state_dict`'s result, which may be of more or fewer processes."""
+        rank, world_size = dist_util.rank(), dist_util.world_size()
+        for name, sums in state.items():
+            if len(sums) == world_size:
+                self._sums[name] = sums[rank].clone()
+            else:
+                self._sums[name] = sums.sum(dim=0) * (rank == 0)
 
 
-@dataclass
-class StopRequest:
-    """Whether a signal has asked the run to stop, and which."""
+class SkippedSteps:
+    """Counts the steps whose gradient was not finite, on the device, so that none waits for it."""
 
-    signal: str = ""
-    _previous: dict[int, Any] = field(default_factory=dict)
+    def __init__(self, device: torch.device) -> None:
+        # In all, those in a row up to now, the longest row since the last check, its last step.
+        self._counts = torch.zeros(4, dtype=torch.int64, device=device)
 
-    def handle(self, number: int, frame: FrameType | None) -> None:
-        self.signal = signal.Signals(number).name
-        # Not through the logger: the signal may have come in the middle of its own writing.
-        text = f"{self.signal}: finishing this step, then saving (a second signal stops at once)\n"
-        os.write(2, text.encode())
-        for other in self._previous:
-            signal.signal(other, signal.SIG_DFL)
+    def add(self, step: int, finite: torch.Tensor) -> None:
+        """Take in whether the gradient of ``step`` is finite."""
+        total, row, longest, last = self._counts.unbind()
+        row = torch.where(finite, 0, row + 1)
+        last = torch.where(row > longest, step, last)
+        self._counts = torch.stack([total + ~finite, row, torch.maximum(row, longest), last])
 
+    @property
+    def total(self) -> int:
+        return int(self._counts[0])
 
-@contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn the first SIGTERM or SIGINT into a request; the second ends the process as usual.
+    def longest_row(self) -> tuple[int, int]:
+        """Length and last step of the longest row that was seen since the last call."""
+        _, row, longest, last = self._counts.tolist()
+        self._counts[2] = row
+        return longest, last
 
-    Outside of the main thread, where Python takes no signals, there never is a request.
-    """
-    request = StopRequest()
-    try:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            request._previous[number] = signal.signal(number, request.handle)
-    except ValueError:
-        pass
-    try:
-        yield request
-    finally:
-        for number, handler in request._previous.items():
-            signal.signal(number, handler)
+    def state_dict(self) -> list[int]:
+        return self._counts[:2].tolist()
+
+    def load_state_dict(self, state: list[int]) -> None:
+        total, row = state
+        self._counts.copy_(torch.tensor([total, row, row, 0]))
 
 
 class TrainLoop:
     """Train a model on batches, log, save, and continue where a checkpoint stopped.
 
     Files are written to ``logger.get_dir()``, see :mod:`improved_diffusion.checkpoint`.
+
+    Under several processes (:mod:`improved_diffusion.dist_util`) each trains on batches of its own;
+    the gradient is that of all images together, and process 0 alone writes.
 
     :param data: batches of images [N, C, H, W] in [-1, 1], or uint8 levels, and a dict of further
         model arguments (labels ``y``, ``low_res``). A resumed run must be given the batches that
@@ -228,9 +240,17 @@ class TrainLoop:
     :param ema_rate: rates of the moving averages, separated by commas.
     :param resume_checkpoint: a model file whose ``opt`` and ``ema`` files lie beside it; empty:
         start anew.
+    :param restart: the folder may hold what a run wrote that ended before its first checkpoint.
     :param use_fp16: the reference's name for ``precision="fp16"``.
     :param fp16_scale_growth: by how much log2 of the loss scale grows in a step.
     :param schedule_sampler: which timesteps to train on; ``None``: uniformly.
+    :param warmup_steps: raise the learning rate linearly from 0 to ``lr`` over so many steps.
+    :param grad_clip: scale gradients down to this L2 norm over all parameters; 0: don't.
+    :param max_skipped_steps: end the run when so many steps in a row had no finite gradient.
+    :param keep_checkpoints: thin out older checkpoints to this number in all, 2 or more, see
+        :func:`improved_diffusion.checkpoint.to_thin_out`; 0: keep all.
+    :param files_at: names the files behind the images at the places from ``begin`` to below
+        ``end`` of the run, for the message about steps without a finite gradient.
     :param lr_anneal_steps: lower the learning rate linearly to 0 at this step and stop there; 0:
         constant.
     :param max_steps: stop when so many steps are completed in total; 0: don't.
@@ -238,6 +258,8 @@ class TrainLoop:
     :param ema_warmup: limit each average's rate at update n (from 0) to (1 + n) / (10 + n), so
         that it forgets the untrained weights.
     :param sample_interval: write ``preview`` every so many steps; 0: never.
+    :param eval_interval: log the measures of ``evaluation``, which process 0 alone needs, every so
+        many steps; 0: never.
     :param metadata: plain values that travel in the weight files, see
         :func:`improved_diffusion.checkpoint.with_metadata`.
     :param flags: the command line's values, kept in the ``opt`` file for a continued run.
@@ -271,12 +293,20 @@ class TrainLoop:
         fp16_scale_growth: float = 1e-3,
         schedule_sampler: ScheduleSampler | None = None,
         weight_decay: float = 0.0,
+        warmup_steps: int = 0,
+        grad_clip: float = 0.0,
+        max_skipped_steps: int = 50,
+        keep_checkpoints: int = 0,
+        files_at: Callable[[int, int], Sequence[str]] | None = None,
+        restart: bool = False,
         lr_anneal_steps: int = 0,
         max_steps: int = 0,
         seed: int = 0,
         ema_warmup: bool = True,
         sample_interval: int = 0,
         preview: Preview | None = None,
+        eval_interval: int = 0,
+        evaluation: Evaluation | None = None,
         metadata: dict[str, Any] | None = None,
         flags: dict[str, Any] | None = None,
         channels: Sequence[str] = (),
@@ -286,11 +316,9 @@ class TrainLoop:
     ) -> None:
         if fp16_scale_growth <= 0:
             raise ValueError(f"--fp16_scale_growth {fp16_scale_growth}: give a number above 0")
-        if not resume_checkpoint and checkpoint.holds_run(get_blob_logdir()):
-            raise ValueError(
-                f"{get_blob_logdir()} already holds a run, which would be overwritten; continue "
-                "it by resume_checkpoint, or log to another folder"
-            )
+        checkpoint.check_keep(keep_checkpoints)
+        if not resume_checkpoint and not restart:
+            dist_util.on_first(_refuse_used_folder)
         self.device = dist_util.dev()
         self.model = model.to(self.device)
         self.diffusion = diffusion
@@ -300,6 +328,11 @@ class TrainLoop:
         self.fits_memory = microbatch == AUTO
         self.microbatch = microbatch if microbatch not in (AUTO, -1) else batch_size
         self.lr = lr
+        self.warmup_steps = warmup_steps
+        self.grad_clip = grad_clip
+        self.max_skipped_steps = max_skipped_steps
+        self.keep_checkpoints = keep_checkpoints
+        self.files_at = files_at
         self.ema_rate = parse_ema_rates(ema_rate)
         self.log_interval = log_interval
         self.save_interval = save_interval
@@ -310,12 +343,18 @@ class TrainLoop:
         self.ema_warmup = ema_warmup
         self.sample_interval = sample_interval if preview else 0
         self.preview = preview
-        self.metadata = metadata or {}
-        self.flags = flags or {}
+        self.eval_interval = eval_interval
+        self.evaluation = evaluation
+        # Copies in which no two values are one object, so that equal runs write equal files.
+        self.metadata = json.loads(json.dumps(metadata or {}))
+        self.flags = json.loads(json.dumps(flags or {}))
         # By keyword only where there are names: another process's losses may not know it.
         self.named = {"channel_names": list(channels)} if channels else {}
 
         self.step = 0  # completed optimizer steps
+        self.samples = 0  # images seen, over all processes
+        self._global_batch = 0  # images of the last step, over all processes
+        self._retry_at = 0  # step at which to try again what could not be saved
         self._first_step = 0  # of this process
         self.params = list(self.model.parameters())
         self.opt = AdamW(self.params, lr=lr, weight_decay=weight_decay, fused=True)
@@ -324,7 +363,9 @@ class TrainLoop:
             logger.log(remark)
         self.use_fp16 = self.dtype == torch.float16
         self.precision = precision_name(self.dtype)
-        self.network = execution.for_training(model, self.dtype, compile, self.device)
+        self.network, self._parallel = execution.for_training(
+            model, self.dtype, compile, self.device
+        )
         self.scaler = torch.amp.GradScaler(
             self.device.type,
             init_scale=2**INITIAL_LOG_LOSS_SCALE,
@@ -336,12 +377,16 @@ class TrainLoop:
         logged = classes if len(classes) <= MAX_LOGGED_CLASSES else ()
         self.meter = LossMeter(diffusion.num_timesteps, list(logged))
         self._grad_norms: list[torch.Tensor] = []
+        self._skipped = SkippedSteps(self.device)
         if resume_checkpoint:
             self._resume(resume_checkpoint)
-            self._first_step = self.step
         else:
             dist_util.sync_params(self.params)
             self.ema_params = [[p.detach().clone() for p in self.params] for _ in self.ema_rate]
+            if restart:
+                dist_util.on_first(lambda: self._begin_after(-1))
+        self._first_step = self._saved_step = self.step
+        self._disk = _disk_of(get_blob_logdir())
 
     # The run
 
@@ -349,36 +394,95 @@ class TrainLoop:
         """Train until the last step, a signal or the end of the data, and save.
 
         :return: whether a signal has cut the run short.
+        :raises ValueError: a file of the data that went bad, or too many steps without a finite
+            gradient; after saving.
+        :raises OSError: the last checkpoint cannot be written, or another process has ended.
         """
         self.model.train()
-        saved_step = self.step
         timer = _StepTimer(self.step)
-        with stop_on_signals() as stop:
-            while not self._is_finished() and not stop.signal:
-                try:
-                    with timer.waiting():
-                        batch, cond = next(self.data)
-                except StopIteration:
+        state, failure = _GO, None
+        with stop_on_signals() as signals, dist_util.ending_together():
+            while not self._is_finished():
+                state, batch, failure = self._next_batch(timer, bool(signals))
+                # All do the same: what one process cannot do, none does.
+                state = max(own for (own,) in dist_util.gather(state))
+                if state != _GO:
                     break
-                except ValueError:
-                    # A file that went bad must not cost what was learned before.
-                    if self.step > saved_step:
-                        self.save()
-                    raise
-                self.run_step(batch, cond)
-                if self.step % self.log_interval == 0:
-                    self.log_step()
-                    logger.log(timer.report(self.step, self._last_step()))
-                if self.sample_interval and self.step % self.sample_interval == 0:
-                    self.write_preview()
-                if self.save_interval and self.step % self.save_interval == 0:
-                    self.save()
-                    saved_step = self.step
-                    if os.environ.get(STOP_VARIABLE):
-                        break
-            if self.step > saved_step:
+                self.run_step(*batch)
+                failure = self._failure_of_numbers()
+                if failure:
+                    break
+                self._log_and_save(timer)
+                if self.step == self._saved_step and os.environ.get(STOP_VARIABLE):
+                    break
+            if self.step > self._saved_step:
                 self.save()
-        return bool(stop.signal)
+        if failure:
+            raise failure
+        if state == _FAILED:
+            sys.exit(2)  # another process tells why
+        return state == _STOPPED
+
+    def _next_batch(
+        self, timer: _StepTimer, stopped: bool
+    ) -> tuple[int, tuple[torch.Tensor, dict[str, torch.Tensor]] | None, Exception | None]:
+        """What this process can do next, and with which batch; or why it cannot."""
+        if stopped:
+            return _STOPPED, None, None
+        try:
+            with timer.waiting():
+                return _GO, next(self.data), None
+        except StopIteration:
+            return _ENDED, None, None
+        # A file that went bad must not cost what was learned before.
+        except (ValueError, OSError) as error:
+            return _FAILED, None, error
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            return _FAILED, None, OSError(f"a process that decodes images was killed: {error}")
+
+    def _failure_of_numbers(self) -> ValueError | None:
+        """Whether too many steps in a row had no finite gradient."""
+        # Reading the counts waits for a GPU, which is better done now and then.
+        if self.device.type != "cpu" and self.step % CHECK_INTERVAL:
+            return None
+        if self.use_fp16 and self.scaler.get_scale() < 1:
+            self.scaler.update(1.0)  # smaller ones would round gradients to 0 for a long time
+        row, last = self._skipped.longest_row()
+        if row < self.max_skipped_steps:
+            return None
+        images = ""
+        if self.files_at is not None:
+            begin = self.samples - (self.step - last) * self._global_batch
+            names = self.files_at(begin, begin + self._global_batch)
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            images = f"; its images: {', '.join(names[:4])}{more}"
+        return ValueError(
+            f"{row} steps in a row had a loss or gradient that is not finite, up to step "
+            f"{last + 1}{images}. The state of step {self.step} is saved; lower --lr, or try "
+            "--grad_clip 1, --warmup_steps 1000 or --precision fp32, from an earlier checkpoint"
+        )
+
+    def _log_and_save(self, timer: _StepTimer) -> None:
+        """What is due after a step."""
+        if self.eval_interval and self.step % self.eval_interval == 0:
+            dist_util.on_first(self.evaluate)
+        if self.step % self.log_interval == 0:
+            self.log_step()
+            logger.log(timer.report(self.step, self._last_step()))
+        if self.sample_interval and self.step % self.sample_interval == 0:
+            dist_util.on_first(self.write_preview)
+        due = self.save_interval and self.step % self.save_interval == 0
+        if due or self.step == self._retry_at:
+            try:
+                self.save()
+            except OSError as error:
+                self._retry_at = self.step + max(1, self.save_interval // 10)
+                logger.warn(
+                    f"step {self.step} is not saved: {error}. Training goes on, and saving is "
+                    f"tried again at step {self._retry_at}"
+                )
 
     def _last_step(self) -> int:
         """The step at which the run ends by itself; 0: it doesn't."""
@@ -392,14 +496,26 @@ class TrainLoop:
         """One optimizer step on a batch."""
         # The step's own seed: a resumed run draws what an uninterrupted one would have drawn.
         torch.manual_seed(derive_seed(self.seed, "train", self.step))
-        self.forward_backward(batch, cond)
+        try:
+            self.forward_backward(batch, cond)
+        except RuntimeError as error:
+            # The weights are still those of the last step. Other processes may not know of this.
+            if is_out_of_memory(error) and dist_util.world_size() == 1:
+                self.opt.zero_grad()
+                if self.step > self._saved_step:
+                    self.save()
+            raise
         self.scaler.unscale_(self.opt)
         norm = _global_norm([p.grad for p in self.params])
+        finite = norm.isfinite()
         self._grad_norms.append(norm)
-        self._anneal_lr()
+        self._skipped.add(self.step, finite)
+        if self.grad_clip:
+            torch.nn.utils.clip_grads_with_norm_(self.params, self.grad_clip, norm)
+        self._set_lr()
         if not self.use_fp16:  # where the scaler does the same
             # Read on the device by the fused optimizer, which then leaves everything as it is.
-            self.opt.found_inf = 1.0 - norm.isfinite().float()
+            self.opt.found_inf = 1.0 - finite.float()
         self.scaler.step(self.opt)
         self.scaler.update()
         for rate, averages in zip(self.ema_rate, self.ema_params):
@@ -407,6 +523,7 @@ class TrainLoop:
                 rate = min(rate, (1 + self.step) / (10 + self.step))
             update_ema(averages, self.params, rate=rate)
         self.step += 1
+        self.samples += self._global_batch
 
     def forward_backward(self, batch: torch.Tensor, cond: dict[str, torch.Tensor]) -> None:
         """Set every parameter's gradient to that of the batch's (importance-weighted) mean loss.
@@ -420,9 +537,16 @@ class TrainLoop:
             name: to_unit_range(value.to(self.device, non_blocking=True))
             for name, value in cond.items()
         }
+        counts = [count for (count,) in dist_util.gather(n)]
+        self._global_batch = sum(counts)
         # Drawn for the whole batch, so that its division does not change what is computed.
-        t, weights = self.schedule_sampler.sample(n, self.device)
-        noise = torch.randn_like(batch)
+        t, weights = self.schedule_sampler.sample(self._global_batch, self.device)
+        noise = torch.randn(self._global_batch, *batch.shape[1:], device=self.device)
+        rank = dist_util.rank()
+        first = sum(counts[:rank])
+        t, weights, noise = (drawn[first : first + n] for drawn in (t, weights, noise))
+        if rank:  # dropout is to differ
+            torch.manual_seed(derive_seed(self.seed, f"train {rank}", self.step))
 
         if self.fits_memory and self.step == self._first_step:
             self._choose_microbatch(batch, cond)
@@ -431,7 +555,10 @@ class TrainLoop:
             try:
                 terms = self._accumulate(batch, cond, t, weights, noise)
             except RuntimeError as error:
-                if not (self.fits_memory and self.microbatch > 1 and is_out_of_memory(error)):
+                # Several processes may have begun to add up their gradients.
+                several = dist_util.world_size() > 1
+                shrinks = self.fits_memory and self.microbatch > 1 and not several
+                if not (shrinks and is_out_of_memory(error)):
                     raise
             if not terms:  # outside of the handler, which keeps the failed pass's tensors alive
                 self._shrink_microbatch(n)
@@ -450,20 +577,29 @@ class TrainLoop:
         weights: torch.Tensor,
         noise: torch.Tensor,
     ) -> list[dict[str, torch.Tensor]]:
-        """Add up the gradients of all microbatches; their loss terms."""
+        """Add up the gradients of all microbatches; their loss terms.
+
+        The last backward pass averages the gradients over the processes.
+        """
         terms = []
+        whole = self._global_batch / dist_util.world_size()
         for start in range(0, len(batch), self.microbatch):
             part = slice(start, start + self.microbatch)
-            losses = self.diffusion.training_losses(
-                self._forward,
-                batch[part],
-                t[part],
-                model_kwargs={name: value[part] for name, value in cond.items()},
-                noise=noise[part],
-                **self.named,
-            )
-            # The sum over the microbatch by the size of the batch: its mean by its share.
-            self.scaler.scale((losses["loss"] * weights[part]).sum() / len(batch)).backward()
+            last = part.stop >= len(batch)
+            with nullcontext() if last or self._parallel is None else self._parallel.no_sync():
+                losses = self.diffusion.training_losses(
+                    self._forward,
+                    batch[part],
+                    t[part],
+                    model_kwargs={name: value[part] for name, value in cond.items()},
+                    noise=noise[part],
+                    **self.named,
+                )
+                # The sum over the microbatch by the size of the batch: its mean by its share.
+                loss = (losses["loss"] * weights[part]).sum() / whole
+                # A loss that is not finite leaves no gradient finite, so that the step is skipped.
+                loss = loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+                self.scaler.scale(loss).backward()
             terms.append({name: value.detach() for name, value in losses.items()})
         return terms
 
@@ -480,7 +616,8 @@ class TrainLoop:
         # The parameters and their averages are there already.
         reserved = cost.state_bytes - 4 * cost.parameters * (1 + len(self.ema_rate))
         free = free_memory(self.device)
-        self.microbatch = largest_microbatch(cost.image_bytes, reserved, free, len(batch))
+        own = largest_microbatch(cost.image_bytes, reserved, free, len(batch))
+        self.microbatch = min(size for (size,) in dist_util.gather(own))
         logger.log(
             f"microbatch {self.microbatch} of {len(batch)}: {free / 2**30:.1f} GiB are free, an "
             f"image needs about {cost.image_bytes / 2**20:.0f} MiB and the optimizer "
@@ -503,26 +640,30 @@ class TrainLoop:
         with torch.autocast(self.device.type, self.dtype, enabled=shorter):
             return self.network(*args, **kwargs).float()
 
-    def _anneal_lr(self) -> None:
+    def _set_lr(self) -> None:
+        lr = self.lr
+        if self.warmup_steps:
+            lr *= min(1, (self.step + 1) / self.warmup_steps)
         if self.lr_anneal_steps:
-            lr = self.lr * (1 - self.step / self.lr_anneal_steps)
-            for group in self.opt.param_groups:
-                group["lr"] = lr
+            lr *= 1 - self.step / self.lr_anneal_steps
+        for group in self.opt.param_groups:
+            group["lr"] = lr
 
     def log_step(self) -> None:
         """Write a row of means since the last one to the log."""
         logger.logkv("step", self.step)
-        logger.logkv("samples", self.step * self.batch_size)
+        logger.logkv("samples", self.samples)
         norms = torch.stack(self._grad_norms)
         finite = norms.isfinite()
         if self.use_fp16:
             logger.logkv("lg_loss_scale", math.log2(self.scaler.get_scale()))
+        if self._skipped.total:
+            logger.logkv("skipped", self._skipped.total)
         if not finite.all():
-            why = (
-                "overflowed float16, which lowers the loss scale"
-                if self.use_fp16
-                else "is not finite"
-            )
+            why = "is not finite"
+            if self.use_fp16:
+                scale = math.log2(self.scaler.get_scale())
+                why = f"overflowed float16, which lowers the loss scale, now 2^{scale:.1f}"
             logger.log(
                 f"skipped {int((~finite).sum())} of {len(norms)} steps, whose gradient {why}"
             )
@@ -537,8 +678,25 @@ class TrainLoop:
         assert self.preview is not None
         path = bf.join(get_blob_logdir(), "previews", f"step{self.step:06d}.png")
         with self._averages_in_model(self.ema_params[0]):
-            self.preview.write(self.model, path)
-        logger.log(f"wrote {path}")
+            try:
+                self._check_place()
+                self.preview.write(self.model, path)
+                logger.log(f"wrote {path}")
+            except OSError as error:
+                logger.warn(f"the preview is left out: {error}")
+
+    def evaluate(self) -> None:
+        """Log the measures of samples of the first moving average.
+
+        They stand in the step's row of the log, or in a row of their own.
+        """
+        assert self.evaluation is not None
+        with self._averages_in_model(self.ema_params[0]):
+            values = self.evaluation.measure(self.model, dist_util.dev())
+        logger.logkvs(values)
+        if self.step % self.log_interval:
+            logger.logkvs({"step": self.step, "samples": self.samples})
+            logger.dumpkvs()
 
     @contextmanager
     def _averages_in_model(self, averages: Sequence[torch.Tensor]) -> Iterator[None]:
@@ -556,17 +714,59 @@ class TrainLoop:
 
     # Checkpoints
 
+    def _check_place(self) -> None:
+        """Write nothing where a disk was mounted that is gone now.
+
+        :raises OSError: the folder is not there, or on another disk than at the start.
+        """
+        if _disk_of(get_blob_logdir()) != self._disk:
+            raise OSError(f"{get_blob_logdir()} is gone: its disk is no longer there")
+
     def save(self) -> None:
-        """Write the checkpoint of this step; the model's file last, so that it marks the rest."""
+        """Write the checkpoint of this step, and thin out older ones.
+
+        :raises OSError: if it cannot be written; earlier ones stay as they are.
+        """
+        training = self._training_state()
+        problem = dist_util.on_first(lambda: self._write(training))
+        if problem:
+            raise OSError(problem)
+        self._saved_step, self._retry_at = self.step, 0
+
+    def _write(self, training: dict[str, Any]) -> str:
+        """Write the files of a checkpoint, or none; what went wrong, in words."""
         folder = get_blob_logdir()
         logger.log(f"saving step {self.step} to {folder}")
-        for rate, averages in zip(self.ema_rate, self.ema_params):
-            path = bf.join(folder, checkpoint.ema_name(rate, self.step))
-            checkpoint.save(self._weights(averages, {"ema_rate": rate}), path)
-        path = bf.join(folder, checkpoint.opt_name(self.step))
-        checkpoint.save({**self.opt.state_dict(), "training": self._training_state()}, path)
-        path = bf.join(folder, checkpoint.model_name(self.step))
-        checkpoint.save(self._weights(self.params, {}), path)
+        files = {}
+        try:
+            self._check_place()
+            for rate, averages in zip(self.ema_rate, self.ema_params):
+                name = checkpoint.ema_name(rate, self.step)
+                weights = self._weights(averages, {"ema_rate": rate})
+                files[name] = checkpoint.save(weights, bf.join(folder, name))
+            name = checkpoint.opt_name(self.step)
+            state = {**self.opt.state_dict(), "training": training}
+            files[name] = checkpoint.save(state, bf.join(folder, name))
+            # The model's file last, so that it marks the rest.
+            path = bf.join(folder, checkpoint.model_name(self.step))
+            checkpoint.save(self._weights(self.params, {"files": files}), path)
+        except OSError as error:
+            steps = []
+            with suppress(OSError):
+                for name in files:  # of no use without the model's, and the disk may be full
+                    bf.remove(bf.join(folder, name))
+                steps = checkpoint.complete_steps(folder)
+            newest = f"of step {steps[-1]}" if steps else "none"
+            return f"{error} (the newest complete checkpoint: {newest})"
+        if self.keep_checkpoints:
+            try:
+                removed = checkpoint.thin_out(folder, self.keep_checkpoints)
+            except OSError as error:
+                logger.warn(f"an old checkpoint stays: {error}")
+                return ""
+            if removed:
+                logger.log(f"removed the checkpoint of step {', '.join(map(str, removed))}")
+        return ""
 
     def _weights(
         self, params: Sequence[torch.Tensor], about: dict[str, Any]
@@ -583,6 +783,8 @@ class TrainLoop:
         """
         state = {
             "step": self.step,
+            "samples": self.samples,
+            "skipped": self._skipped.state_dict(),
             "flags": self.flags,
             "log": {"losses": self.meter.state_dict(), "grad_norms": self._grad_norms},
         }
@@ -635,6 +837,9 @@ class TrainLoop:
                 f"{opt_path} holds no optimizer state of this network; "
                 "restore the files that were saved together"
             ) from error
+        self.samples = training.get("samples", self.step * self.batch_size * dist_util.world_size())
+        if "skipped" in training:
+            self._skipped.load_state_dict(training["skipped"])
         if "log" in training:
             self.meter.load_state_dict(training["log"]["losses"])
             self._grad_norms = list(training["log"]["grad_norms"])
@@ -645,9 +850,15 @@ class TrainLoop:
         if "schedule_sampler" in training and isinstance(self.schedule_sampler, LossAwareSampler):
             self.schedule_sampler.load_state_dict(training["schedule_sampler"])
         logger.log(f"resuming from {path} at step {self.step}")
-        for name in checkpoint.supersede(get_blob_logdir(), self.step):
+        dist_util.on_first(lambda: self._begin_after(self.step))
+
+    def _begin_after(self, step: int) -> None:
+        """Put aside what a run wrote past ``step``, which is done again."""
+        folder = get_blob_logdir()
+        checkpoint.remove_partial(folder)
+        for name in checkpoint.supersede(folder, step):
             logger.log(f"moved {name}, newer than step {self.step}, to {checkpoint.SUPERSEDED}/")
-        logger.drop_rows_after(self.step)
+        logger.drop_rows_after(step)
 
 
 def _per_parameter(
@@ -676,7 +887,8 @@ def _per_parameter(
         raise ValueError("an optimizer state of other parameters")
     return {
         i: {
-            name: value if name == "step" else _laid_out_as(p, value)
+            # Names as the optimizer has them, so that equal states make equal files.
+            sys.intern(name): value if name == "step" else _laid_out_as(p, value)
             for name, value in state[i].items()
         }
         for i, p in enumerate(params)
@@ -698,6 +910,40 @@ def get_blob_logdir() -> str:
     folder = os.environ.get(CHECKPOINT_FOLDER_VARIABLE) or logger.get_dir()
     assert folder is not None, "logger.configure() comes before training"
     return folder
+
+
+def _disk_of(folder: str) -> int | None:
+    """The number of a local folder's device; None: it is not there."""
+    try:
+        return os.stat(folder).st_dev
+    except OSError:
+        return None
+
+
+def _refuse_used_folder() -> None:
+    folder = get_blob_logdir()
+    if checkpoint.holds_run(folder):
+        raise ValueError(
+            f"{folder} already holds a run, which would be overwritten; continue it by "
+            "resume_checkpoint, or log to another folder"
+        )
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[list[str]]:
+    """Collect the names of signals that ask the run to stop, see :func:`.cli.on_stop_signal`."""
+    names: list[str] = []
+
+    def note(name: str) -> None:
+        names.append(name)
+        text = f"{name}: finishing this step, then saving (a second signal stops at once)\n"
+        # Not through the logger: the signal may have come in the middle of its own writing.
+        if dist_util.rank() == 0:
+            with suppress(OSError):
+                os.write(2, text.encode())
+
+    with cli.on_stop_signal(note):
+        yield names
 
 
 class _StepTimer:

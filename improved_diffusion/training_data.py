@@ -11,10 +11,10 @@ import torch
 from torch.utils.data import Dataset
 
 import brats_dataset
-from improved_diffusion import brats, image_datasets
-from improved_diffusion.batches import Batch
+from improved_diffusion import brats, dist_util, image_datasets
+from improved_diffusion.batches import Batch, EpochBatches
 from improved_diffusion.nifti_export import geometry_of
-from improved_diffusion.packed import open_pack
+from improved_diffusion.packed import PackedImages, make_pack
 
 
 @dataclass(frozen=True)
@@ -39,38 +39,50 @@ class TrainingData:
         image_size: int,
         *,
         seed: int,
-        start_batch: int = 0,
+        start: int = 0,
         num_workers: int = 1,
         low_res_size: int | None = None,
         pack_dir: str = "",
     ) -> Iterator[Batch]:
-        """Endless shuffled batches; arguments as of :func:`brats_dataset.load_data`.
+        """Endless shuffled batches of this process's share; arguments as of
+        :func:`brats_dataset.load_data`.
 
         :param pack_dir: read the images from a pack there, see :mod:`improved_diffusion.packed`,
-            which is made if needed; batches then hold whole levels, uint8.
+            which process 0 makes if needed; batches then hold whole levels, uint8.
         """
+        rank, world_size = dist_util.rank(), dist_util.world_size()
+        order = {"seed": seed, "start": start, "rank": rank, "world_size": world_size}
         if pack_dir:
             dataset = self.dataset(image_size, low_res_size)
-            if not 1 <= batch_size <= len(dataset):
+            most = len(dataset) // world_size
+            if not 1 <= batch_size <= most:
                 raise ValueError(
                     f"--batch_size {batch_size}: {self.data_dir} has {len(dataset)} images, so a "
-                    f"batch can hold 1 to {len(dataset)}"
+                    f"batch can hold 1 to {most}"
                 )
-            pack = open_pack(dataset, self.files(dataset), pack_dir, num_workers)
-            return pack.batches(batch_size, seed=seed, start_batch=start_batch)
+            files = self.files(dataset)
+            dist_util.on_first(lambda: make_pack(dataset, files, pack_dir, num_workers))
+            return PackedImages(pack_dir).batches(batch_size, **order)
         common = {
             "data_dir": self.data_dir,
             "batch_size": batch_size,
             "image_size": image_size,
             "class_cond": bool(self.classes),
-            "seed": seed,
-            "start_batch": start_batch,
             "num_workers": num_workers,
             "low_res_size": low_res_size,
+            **order,
         }
         if self.channels:
             return brats_dataset.load_data(brats_channels=self.channels, split=self.split, **common)
         return image_datasets.load_data(channels=self.in_channels, **common)
+
+    def files_at(self, image_size: int, *, seed: int, begin: int, end: int) -> list[str]:
+        """The files behind the places ``begin`` to below ``end`` of a run's :meth:`batches`."""
+        dataset = self.dataset(image_size)
+        items = EpochBatches(len(dataset), 1, seed, 0, 0, 1, shuffle=True).items(begin, end)
+        if not self.channels:
+            return [dataset.local_images[i] for i in items]
+        return [path for i in items for path in dataset.channel_paths[i]]
 
     def geometry(self) -> dict[str, Any]:
         """Where the slices lie, for samples as NIfTI; empty where nothing tells."""

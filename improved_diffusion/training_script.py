@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from typing import Any
 
+import blobfile as bf
 import numpy as np
 import torch
 from torch.utils.data import default_collate
@@ -14,6 +18,7 @@ from torch.utils.data import default_collate
 from improved_diffusion import __version__, checkpoint, cli, dist_util, logger
 from improved_diffusion.architecture import NO_PRESET, preset_flags
 from improved_diffusion.cost import free_memory, largest_microbatch, training_cost
+from improved_diffusion.evaluation.in_training import Evaluation
 from improved_diffusion.fp16_util import allow_tf32, choose_precision, precision_name
 from improved_diffusion.resample import NAMES, create_named_schedule_sampler
 from improved_diffusion.respace import SpacedDiffusion, respaced
@@ -57,9 +62,16 @@ TRAINING_FLAGS: dict[str, tuple[Any, str]] = {
     "schedule_sampler": ("uniform", f"how timesteps are drawn: {' or '.join(NAMES)}"),
     "lr": (1e-4, "learning rate"),
     "weight_decay": (0.0, "weight decay of AdamW"),
+    "warmup_steps": (0, "raise the learning rate linearly from 0 over so many steps; 0: off"),
+    "grad_clip": (0.0, "scale gradients down to this L2 norm; 0: off"),
+    "max_skipped_steps": (
+        50,
+        "end the run, with its state saved, when so many steps in a row were skipped because the "
+        "loss or gradient was not finite",
+    ),
     "lr_anneal_steps": (0, "lower the learning rate linearly to 0 at this step, and stop; 0: off"),
     "max_steps": (0, "stop after so many optimizer steps in total; 0: train until stopped"),
-    "batch_size": (1, "images per optimizer step"),
+    "batch_size": (1, "images per optimizer step, on each of several processes"),
     "microbatch": (
         "-1",
         "images that go through the network at once; -1: the whole batch; auto: as many as fit "
@@ -81,8 +93,19 @@ TRAINING_FLAGS: dict[str, tuple[Any, str]] = {
     ),
     "log_interval": (10, "steps between rows of progress.csv"),
     "save_interval": (10_000, "steps between checkpoints"),
+    "keep_checkpoints": (
+        0,
+        "thin out checkpoints to so many in all: the two newest, and others spread evenly over "
+        "the run; 0: keep all",
+    ),
     "sample_interval": (10_000, "steps between preview pictures; 0: none"),
     "sample_respacing": ("100", "timesteps of the previews' sampling, as --timestep_respacing"),
+    "eval_interval": (
+        10_000,
+        "of slices: steps between evaluations of a few samples of the average, whose validity and "
+        "distance from real slices are logged as eval_...; 0: none",
+    ),
+    "eval_samples": (32, "samples of such an evaluation"),
     "seed": (0, "seed of weights, data order, timesteps and noise"),
     "num_workers": (1, "processes that decode images; 0: none beside the training"),
     "pack_dir": (
@@ -92,6 +115,12 @@ TRAINING_FLAGS: dict[str, tuple[Any, str]] = {
     ),
     "dry_run": (False, "print what these flags cost in operations and memory, and stop"),
 }
+# Training slices with which samples are compared during training.
+EVAL_REAL = 256
+
+# Set by torchrun: how often it has started the processes again.
+RESTARTS_VARIABLE = "TORCHELASTIC_RESTART_COUNT"
+
 # A continued run takes these from its own command line, all others from the checkpoint.
 NOT_CONTINUED = ("out_dir", "resume_checkpoint", "num_workers", "pack_dir", "dry_run")
 
@@ -99,20 +128,37 @@ NOT_CONTINUED = ("out_dir", "resume_checkpoint", "num_workers", "pack_dir", "dry
 def train(description: str, *, super_res: bool = False) -> None:
     """Read the command line and train, from the beginning or from a checkpoint.
 
-    Nothing is written before everything that was given has been checked.
+    Nothing is written before everything that was given has been checked. Under several processes
+    all call this.
 
     :param super_res: train a super-resolution model.
     """
     parser = script_parser(description, "training", TRAINING_FLAGS, super_res)
     flags, given = vars(parser.parse_args()), given_flags(parser)
-    dist_util.setup_dist()
+    with dist_util.one_of_several(), ExitStack() as held:
+        dist_util.setup_dist(several=True)
+        _train(flags, given, super_res, held)
 
-    resume = checkpoint.find_resume_checkpoint(flags["resume_checkpoint"], flags["out_dir"])
-    loaded, step = None, 0
+
+def _train(flags: dict[str, Any], given: dict[str, Any], super_res: bool, held: ExitStack) -> None:
+    out_dir = flags["out_dir"]
+
+    def take_folder() -> None:
+        held.enter_context(checkpoint.exclusive(out_dir))
+
+    existed = dist_util.on_first(lambda: bf.isdir(out_dir))
+    if existed and not flags["dry_run"]:
+        dist_util.on_first(take_folder)
+    asked = flags["resume_checkpoint"]
+    if int(os.environ.get(RESTARTS_VARIABLE, 0)):
+        asked = "latest"  # torchrun starts the same command again after a failure
+    resume, damaged = dist_util.on_first(lambda: checkpoint.find_resume_checkpoint(asked, out_dir))
+    loaded, step, before = None, 0, {}
     if resume:
         loaded = load_model_and_diffusion(resume, given, super_res=super_res)
         step = checkpoint.step_of(resume, loaded.metadata)
-        saved = checkpoint.training_flags(resume, step)
+        before = checkpoint.training_state(resume, step)
+        saved = before.get("flags", {})
         kept = {name: value for name, value in saved.items() if name not in NOT_CONTINUED}
         flags = {**flags, **kept, **given, **loaded.flags}
     elif flags["preset"] not in ("", NO_PRESET):
@@ -130,15 +176,19 @@ def train(description: str, *, super_res: bool = False) -> None:
     dtype, _ = choose_precision(args.precision, dist_util.dev())
     allow_tf32(args.tf32)
     microbatch = parse_microbatch(args.microbatch)
+    rates = parse_ema_rates(args.ema_rate)
+    if resume and asked != "latest":  # which has been verified
+        dist_util.on_first(lambda: checkpoint.verify(resume, rates))
     batches = data.batches(
         args.batch_size,
         size,
         seed=args.seed,
-        start_batch=step,
+        start=before.get("samples", step * args.batch_size * dist_util.world_size()),
         num_workers=args.num_workers,
         low_res_size=low_res_size,
         pack_dir="" if args.dry_run else args.pack_dir,
     )
+    held.callback(batches.close)
     model_flags = model_flags_of(vars(args))
     if loaded:
         model, diffusion = loaded.model, loaded.diffusion
@@ -147,13 +197,22 @@ def train(description: str, *, super_res: bool = False) -> None:
         create = sr_create_model_and_diffusion if super_res else create_model_and_diffusion
         model, diffusion = create(**model_flags)
     schedule_sampler = create_named_schedule_sampler(args.schedule_sampler, diffusion)
-    parse_ema_rates(args.ema_rate)
     preview = _preview(args, diffusion, data, size, low_res_size)
     if args.dry_run:
         _print_cost(args, model, data, size, low_res_size, dtype)
         return
 
-    logger.configure(args.out_dir)
+    evaluates = bool(args.eval_interval and data.channels and not super_res)
+    evaluation = None
+    if evaluates and dist_util.rank() == 0:
+        evaluation = _evaluation(args, diffusion, data, size)
+    parameters = sum(p.numel() for p in model.parameters())
+    disk = dist_util.on_first(lambda: _disk_need(args, parameters, len(rates), step))
+    if not existed:
+        dist_util.on_first(take_folder)
+    logger.configure(out_dir, None if dist_util.rank() == 0 else [])
+    for sentence in damaged:
+        logger.warn(f"not continued from: {sentence}")
     loop = TrainLoop(
         model=model,
         diffusion=diffusion,
@@ -168,12 +227,20 @@ def train(description: str, *, super_res: bool = False) -> None:
         fp16_scale_growth=args.fp16_scale_growth,
         schedule_sampler=schedule_sampler,
         weight_decay=args.weight_decay,
+        warmup_steps=args.warmup_steps,
+        grad_clip=args.grad_clip,
+        max_skipped_steps=args.max_skipped_steps,
+        keep_checkpoints=args.keep_checkpoints,
+        files_at=lambda begin, end: data.files_at(size, seed=args.seed, begin=begin, end=end),
+        restart=asked == "latest",
         lr_anneal_steps=args.lr_anneal_steps,
         max_steps=args.max_steps,
         seed=args.seed,
         ema_warmup=args.ema_warmup,
         sample_interval=args.sample_interval,
         preview=preview,
+        eval_interval=args.eval_interval if evaluates else 0,
+        evaluation=evaluation,
         metadata={
             "version": __version__,
             "flags": model_flags,
@@ -181,13 +248,12 @@ def train(description: str, *, super_res: bool = False) -> None:
             "classes": data.classes,
             "geometry": data.geometry(),
         },
-        flags=vars(args),
+        flags={name: value for name, value in vars(args).items() if name not in NOT_CONTINUED},
         channels=data.channels,
         classes=data.classes,
         precision=args.precision,
         compile=args.compile,
     )
-    parameters = sum(p.numel() for p in model.parameters())
     what = f"channels {', '.join(data.channels)}" if data.channels else "ordinary pictures"
     if data.classes:
         what += f", {len(data.classes)} classes"
@@ -195,10 +261,53 @@ def train(description: str, *, super_res: bool = False) -> None:
         f"{parameters:,} parameters on {dist_util.dev()} in {loop.precision}, {what}, "
         f"{diffusion.num_timesteps} timesteps"
     )
+    if (processes := dist_util.world_size()) > 1:
+        logger.log(
+            f"{processes} processes of {args.batch_size} images: {processes * args.batch_size} "
+            "images in each step"
+        )
+    logger.log(disk)
     if loop.run_loop():
         logger.log(f"stopped at step {loop.step}; continue with: {continue_command(sys.argv)}")
     else:
         logger.log(f"finished at step {loop.step}")
+
+
+def _disk_need(args: argparse.Namespace, parameters: int, averages: int, step: int) -> str:
+    """What the run's checkpoints will take, in words.
+
+    :raises ValueError: the disk holds not even one.
+    """
+    size = checkpoint.size_in_bytes(parameters, averages)
+    last = min((end for end in (args.max_steps, args.lr_anneal_steps) if end), default=0)
+    number = None
+    if last:
+        left = max(last - step, 0)
+        number = max(1, math.ceil(left / args.save_interval)) if args.save_interval else 1
+    if args.keep_checkpoints:
+        # One more for a moment: the oldest goes when the newest is complete.
+        number = min(number or math.inf, args.keep_checkpoints + 1)
+    free = checkpoint.free_bytes(args.out_dir)
+    text = f"a checkpoint takes {_in_words(size)}"
+    if number:
+        text += f", {number} of them {_in_words(number * size)}"
+    elif args.save_interval:
+        text += f", one every {args.save_interval} steps"
+    if free is None:
+        return text
+    if free < size:
+        raise ValueError(
+            f"--out_dir {args.out_dir}: {text}, but {_in_words(free)} are free on its disk; make "
+            "room, or choose another folder"
+        )
+    text += f"; {_in_words(free)} are free"
+    if number and number * size > free:
+        text += ", which is NOT ENOUGH: see --keep_checkpoints and --save_interval"
+    return text
+
+
+def _in_words(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 1e8 else f"{size / 1e6:.1f} MB"
 
 
 def _find_data(
@@ -267,6 +376,20 @@ def _preview(
     return preview
 
 
+def _evaluation(
+    args: argparse.Namespace, diffusion: SpacedDiffusion, data: TrainingData, size: int
+) -> Evaluation:
+    """Compare with slices from all over the folder."""
+    dataset = data.dataset(size)
+    spread = np.linspace(0, len(dataset) - 1, min(len(dataset), EVAL_REAL)).astype(int)
+    images = np.stack([dataset[int(i)][0].numpy() for i in spread])
+    real = ((images + 1) * 127.5).round().astype(np.uint8).transpose(0, 2, 3, 1)
+    labels = torch.arange(args.eval_samples) % len(data.classes) if data.classes else None
+    return Evaluation(
+        diffusion, data.channels, real, args.eval_samples, seed=args.seed, labels=labels
+    )
+
+
 def _print_cost(
     args: argparse.Namespace,
     model: UNetModel,
@@ -306,15 +429,21 @@ def _check_numbers(args: argparse.Namespace) -> None:
         if args.precision not in (AUTO, "fp16"):
             raise ValueError(f"--use_fp16 True contradicts --precision {args.precision}")
         args.precision = "fp16"
-    for flag in ("log_interval", "lr", "fp16_scale_growth"):
+    checkpoint.check_keep(args.keep_checkpoints)
+    if args.eval_interval and args.eval_samples < 3:
+        raise ValueError(f"--eval_samples {args.eval_samples}: give 3 or more")
+    for flag in ("log_interval", "lr", "fp16_scale_growth", "max_skipped_steps"):
         if not vars(args)[flag] > 0:
             raise ValueError(f"--{flag} {vars(args)[flag]}: give a number above 0")
     for flag in (
         "weight_decay",
+        "warmup_steps",
+        "grad_clip",
         "lr_anneal_steps",
         "max_steps",
         "save_interval",
         "sample_interval",
+        "eval_interval",
         "num_workers",
     ):
         if not vars(args)[flag] >= 0:

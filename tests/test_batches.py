@@ -44,74 +44,76 @@ def numbers(data, count):
     return [next(data)[0][:, 0, 0, 0].int().tolist() for _ in range(count)]
 
 
+def epochs(seed, count, num_items):
+    """The items of the first epochs, one after the other."""
+    orders = [np.random.default_rng((seed, epoch)).permutation(num_items) for epoch in range(count)]
+    return np.concatenate(orders).tolist()
+
+
 # ------------------------------------------------------------------------------------------- order
 
 
-@pytest.mark.parametrize(("num_items", "per_epoch"), [(10, 5), (11, 5), (3, 1)])
-def test_an_epoch_visits_every_item_once_and_drops_the_rest(num_items, per_epoch):
-    batches = index_lists(3 * per_epoch, shuffle=True, seed=4, num_items=num_items)
-    for epoch in range(3):
-        mine = np.concatenate(batches[epoch * per_epoch : (epoch + 1) * per_epoch]).tolist()
-        permutation = np.random.default_rng((4, epoch)).permutation(num_items)
-        assert mine == permutation[: 2 * per_epoch].tolist()
-        assert len(set(mine)) == num_items // 2 * 2
+@pytest.mark.parametrize("num_items", [10, 11, 3, 2])
+def test_every_epoch_visits_every_item_once(num_items):
+    batches = index_lists(3 * num_items, shuffle=True, seed=4, num_items=num_items)
+    assert all(len(batch) == 2 for batch in batches)
+    seen = list(itertools.chain(*batches))
+    assert seen == epochs(4, 6, num_items)
+    for epoch in range(6):
+        own = seen[epoch * num_items : (epoch + 1) * num_items]
+        assert sorted(own) == list(range(num_items))
 
 
 def test_without_shuffling_every_epoch_is_in_order():
-    first = [[0, 1], [2, 3]]
-    assert index_lists(5, num_items=5) == [*first, *first, [0, 1]]
+    assert index_lists(5, num_items=5) == [[0, 1], [2, 3], [4, 0], [1, 2], [3, 4]]
     assert all(type(index) is int for index in index_lists(1)[0])
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
     def epoch(number, seed):
-        return np.concatenate(index_lists(5, start=5 * number, shuffle=True, seed=seed)).tolist()
+        return itertools.chain(*index_lists(5, start=10 * number, shuffle=True, seed=seed))
 
     orders = [tuple(epoch(number, seed)) for number in (0, 1, 2) for seed in (0, 1, 2)]
     assert len(set(orders)) == 9
 
 
 def test_ranks_share_a_batch_in_contiguous_parts():
-    # 11 items, 4 per batch of both: 8 in an epoch.
+    # 11 items, 4 per batch of both.
     parts = [index_lists(3, rank=rank, world_size=2, num_items=11) for rank in (0, 1)]
-    assert parts == [[[0, 1], [4, 5], [0, 1]], [[2, 3], [6, 7], [2, 3]]]
+    assert parts == [[[0, 1], [4, 5], [8, 9]], [[2, 3], [6, 7], [10, 0]]]
 
 
-def test_ranks_share_a_shuffled_epoch():
+@pytest.mark.parametrize("world_size", [1, 2, 3, 5])
+def test_ranks_together_see_every_item_once_in_an_epoch(world_size):
     parts = [
-        index_lists(4, rank=rank, world_size=3, shuffle=True, seed=9, num_items=13)
-        for rank in range(3)
+        index_lists(26, rank=rank, world_size=world_size, shuffle=True, seed=9, num_items=13)
+        for rank in range(world_size)
     ]
-    for epoch in range(2):
-        order = np.random.default_rng((9, epoch)).permutation(13).tolist()
-        for batch in range(2):
-            shared = np.concatenate([part[2 * epoch + batch] for part in parts])
-            assert shared.tolist() == order[6 * batch : 6 * batch + 6]
+    together = [item for turn in zip(*parts) for batch in turn for item in batch]
+    assert together == epochs(9, 4 * world_size, 13)[: len(together)]
 
 
-@pytest.mark.parametrize("start", range(6))
-def test_start_goes_on_in_its_epoch(start):
-    # 11 items in batches of 4: 2 batches in an epoch.
-    got = index_lists(3, start=start, rank=1, world_size=2, shuffle=True, seed=1, num_items=11)
-    for batch, indices in zip(range(start, start + 3), got, strict=True):
-        order = np.random.default_rng((1, batch // 2)).permutation(11).tolist()
-        begin = 4 * (batch % 2) + 2
-        assert indices == order[begin : begin + 2]
+@pytest.mark.parametrize("start", range(0, 26, 5))
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_start_goes_on_in_its_epoch(start, world_size):
+    """Whatever number of processes came that far."""
+    for rank in range(world_size):
+        got = index_lists(
+            3, start=start, rank=rank, world_size=world_size, shuffle=True, seed=1, num_items=11
+        )
+        every = epochs(1, 5, 11)
+        for turn, indices in enumerate(got):
+            begin = start + 2 * (turn * world_size + rank)
+            assert indices == every[begin : begin + 2]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_batches_come_in_the_order_of_seed_start_and_rank(num_workers):
     data = endless_batches(
-        Numbers(9),
-        2,
-        seed=6,
-        start_batch=3,
-        rank=1,
-        world_size=2,
-        num_workers=num_workers,
+        Numbers(9), 2, seed=6, start=12, rank=1, world_size=2, num_workers=num_workers
     )
-    orders = [np.random.default_rng((6, epoch)).permutation(9).tolist() for epoch in (1, 2)]
-    assert numbers(data, 3) == [orders[0][6:8], orders[1][2:4], orders[1][6:8]]
+    every = epochs(6, 3, 9)
+    assert numbers(data, 3) == [every[14:16], every[18:20], every[22:24]]
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -152,7 +154,7 @@ def test_without_a_seed_and_shuffling_the_order_is_kept():
 
 
 def test_a_start_or_a_share_needs_a_seed():
-    for settings in ({"start_batch": 1}, {"rank": 0, "world_size": 2}):
+    for settings in ({"start": 1}, {"rank": 0, "world_size": 2}):
         with pytest.raises(AssertionError):
             endless_batches(Numbers(5), 2, seed=None, **settings)
     with pytest.raises(AssertionError):

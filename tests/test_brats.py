@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from improved_diffusion import brats, brats_prepare, cli
+from improved_diffusion import brats, brats_prepare, cli, nifti_import
 from improved_diffusion.brats_prepare import choose_test_patients, prepare
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -139,6 +139,29 @@ def test_coverage_modality_is_the_first_that_exists(tmp_path):
     assert [case.coverage_modality for case in cases] == ["T1", "T1CE"]
 
 
+def test_prefix_may_be_written_with_composed_and_decomposed_accents(tmp_path):
+    """A copy over macOS writes an accented letter as two characters."""
+    made.save(str(tmp_path / "P" / "caf\u00e9_t1.nii"), made.volume("T1"))
+    made.save(str(tmp_path / "P" / "cafe\u0301_seg.nii"), made.volume("Seg"))
+    (case,) = brats.find_cases(str(tmp_path), ["T1", "Seg"])
+    assert case.name == "caf\u00e9" and sorted(case.files) == ["Seg", "T1"]
+
+
+def test_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    """Permissions don't bind a superuser, so the system's answer is made up."""
+    made.write_case(tmp_path, "P_1", channels=["T1"])
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("P_1"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(ValueError, match=r"the folder .*P_1 cannot be read: Permission denied"):
+        brats.find_cases(str(tmp_path), ["T1"])
+
+
 def two_files(root):
     folder = made.write_case(root, "P_1", channels=["T1", "Seg"])
     made.save(os.path.join(folder, "P_1_t1.nii"), made.volume("T1"))
@@ -168,12 +191,46 @@ def only_a_mask(root):
 
 
 def nothing(root):
-    made.save(os.path.join(root, "imagesTr", "BRATS_001.nii.gz"), made.volume("T1"))
     return ["T1"], "no BraTS case found"
 
 
+def decathlon(root):
+    made.save(os.path.join(root, "imagesTr", "BRATS_001.nii.gz"), made.volume("T1"))
+    return ["T1"], "no BraTS case found.* It holds BRATS_001.nii.gz"
+
+
+def lost_folder(root):
+    made.write_case(root, "P_1", channels=["T1"])
+    os.symlink(os.path.join(root, "nowhere"), os.path.join(root, "P_2"))
+    return ["T1"], "P_2 is a link that leads nowhere"
+
+
+def folder_linked_in_a_circle(root):
+    os.symlink(os.path.join(root, "P_1"), os.path.join(root, "P_2"))
+    os.symlink(os.path.join(root, "P_2"), os.path.join(root, "P_1"))
+    return ["T1"], "P_1 is a link that leads nowhere"
+
+
+def folder_named_like_a_file(root):
+    made.write_case(root, "P_1", channels=["T1"])
+    os.mkdir(os.path.join(root, "P_1", "P_1_seg.nii.gz"))
+    return ["T1", "Seg"], "has no Seg file"
+
+
 @pytest.mark.parametrize(
-    "spoil", [two_files, two_cases, missing_modality, same_name, only_a_mask, nothing]
+    "spoil",
+    [
+        two_files,
+        two_cases,
+        missing_modality,
+        same_name,
+        only_a_mask,
+        nothing,
+        decathlon,
+        lost_folder,
+        folder_linked_in_a_circle,
+        folder_named_like_a_file,
+    ],
 )
 def test_find_cases_refuses(tmp_path, spoil):
     channels, message = spoil(str(tmp_path))
@@ -187,6 +244,15 @@ def test_find_cases_refuses(tmp_path, spoil):
 def case_of(folder):
     (case,) = brats.find_cases(folder, ["T1", "Seg"])
     return case
+
+
+def set_header(path, **fields):
+    """Write fields into a gzipped file's header as they are."""
+    content = bytearray(gzip.decompress(Path(path).read_bytes()))
+    for name, value in fields.items():
+        kind, place = nib.Nifti1Header.template_dtype.fields[name]
+        content[place : place + kind.itemsize] = np.array(value, kind.base).tobytes()
+    Path(path).write_bytes(gzip.compress(content))
 
 
 def spoil_shape(folder, path):
@@ -270,7 +336,124 @@ def spoil_4d(folder, path):
 
 def spoil_size(folder, path):
     made.save(path("t1"), np.ones((257, 20, 4), dtype=np.int16))
-    return r"_t1.nii.gz has slices of 257x20 pixels: at most 256x256"
+    return r"_t1.nii.gz has 4 slices of 257x20 pixels: at most 1024 of 256x256"
+
+
+def spoil_4d_of_one(folder, path):
+    made.save(path("t1"), np.ones((20, 20, 4, 1), dtype=np.int16))
+    return r"_t1.nii.gz is 4-D \(20x20x4x1\).* remove the last axis"
+
+
+def spoil_voxel_size(folder, path):
+    made.save(path("t1"), made.volume("T1"), made.AFFINE @ np.diag([0.9, 0.9, 1, 1]))
+    return r"_t1.nii.gz has voxels of 0.9 x 0.9 x 1 mm: expected 1 x 1 x 1 mm"
+
+
+def spoil_voxel_size_without_position(folder, path):
+    set_header(path("t1"), sform_code=0, qform_code=0, pixdim=[1, 1, 1, 3, 0, 0, 0, 0])
+    return r"_t1.nii.gz has voxels of 1 x 1 x 3 mm"
+
+
+def spoil_tilt(folder, path):
+    cos, sin = np.cos(0.25), np.sin(0.25)  # 14 degrees
+    tilt = np.array([[cos, -sin, 0, 0], [sin, cos, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    made.save(path("t1"), made.volume("T1"), made.AFFINE @ tilt)
+    return r"_t1.nii.gz has axes that are tilted by up to 14 degrees"
+
+
+def spoil_shear(folder, path):
+    set_header(path("t1"), srow_x=[-0.99, 0.1, 0, 0])
+    return r"_t1.nii.gz has axes that are .* not perpendicular"
+
+
+def spoil_singular(folder, path):
+    set_header(path("t1"), srow_x=[0, 0, 0, 0])
+    return r"_t1.nii.gz has voxels of 0 x 1 x 1 mm"
+
+
+def spoil_two_axes_in_one_direction(folder, path):
+    set_header(path("t1"), srow_x=[1, 1, 0, 0], srow_y=[0, 0, 0, 0])
+    return r"_t1.nii.gz has axes that are .* not perpendicular"
+
+
+def spoil_affine_nan(folder, path):
+    set_header(path("t1"), srow_y=[np.nan, 0, 0, 0])
+    return r"_t1.nii.gz cannot be read as NIfTI \(its affine is not finite"
+
+
+def spoil_petabytes(folder, path):
+    set_header(path("t1"), dim=[3, 32767, 32767, 32767, 1, 1, 1, 1])
+    return r"_t1.nii.gz has 32767 slices of 32767x32767 pixels"
+
+
+def spoil_promise(folder, path):
+    set_header(path("t1"), dim=[3, 256, 256, 1024, 1, 1, 1, 1])
+    return r"its header promises 134217728 bytes of voxels, but 86528 follow"
+
+
+def spoil_bomb(folder, path):
+    with gzip.open(path("t1"), "ab") as file:
+        file.write(bytes(2 << 20))
+    return r"more than 1048576 bytes follow the voxels"
+
+
+def spoil_dim(folder, path):
+    set_header(path("t1"), dim=[3, -104, 104, 4, 1, 1, 1, 1])
+    return r"its header gives 3 dimensions of \[-104, 104, 4,"
+
+
+def spoil_offset(folder, path):
+    set_header(path("t1"), vox_offset=0)  # the header would be read as voxels
+    return r"its voxels begin at byte 0"
+
+
+def spoil_pair(folder, path):
+    set_header(path("t1"), magic=b"ni1")
+    return r"it is half of a pair of files"
+
+
+def spoil_intercept(folder, path):
+    set_header(path("t1"), scl_slope=1, scl_inter=np.nan)
+    return r"_t1.nii.gz cannot be read as NIfTI \(.*intercept nan"
+
+
+def spoil_type(folder, path):
+    set_header(path("t1"), datatype=77)
+    return r"its voxels are of the unknown type 77"
+
+
+def spoil_rgb(folder, path):
+    set_header(path("t1"), datatype=128)
+    return r"_t1.nii.gz holds RGB voxels: expected integers or floats"
+
+
+def spoil_complex_mask(folder, path):
+    made.save(path("seg"), made.volume("Seg").astype(np.complex64))
+    return r"_seg.nii.gz holds complex64 voxels"
+
+
+def spoil_z_scores(folder, path):
+    levels = (made.volume("T1") - 750.0) / 150
+    made.save(path("t1"), levels)
+    return r"_t1.nii.gz has 5\d% of its voxels other than 0 below 0.*z-scores"
+
+
+def spoil_pipe(folder, path):
+    os.remove(path("t1"))
+    os.mkfifo(path("t1"))
+    return r"_t1.nii.gz is no file but a folder, a pipe or a device"
+
+
+def spoil_link(folder, path):
+    os.remove(path("t1"))
+    os.symlink("elsewhere.nii.gz", path("t1"))
+    return r"_t1.nii.gz is a link that leads nowhere"
+
+
+def spoil_link_to_itself(folder, path):
+    os.remove(path("t1"))
+    os.symlink(os.path.basename(path("t1")), path("t1"))
+    return r"_t1.nii.gz is a link that leads nowhere"
 
 
 SPOILERS = [value for name, value in sorted(globals().items()) if name.startswith("spoil_")]
@@ -297,6 +480,154 @@ def test_volume_without_a_position_agrees_with_any(tmp_path):
     volumes = list(brats.read_case(case_of(folder), ["T1", "Seg"]))
     assert [channel for channel, _, _ in volumes] == ["T1", "Seg"]
     assert np.array_equal(volumes[1][2], made.AFFINE)
+    # Stored in another orientation, a volume could not be matched with one that states none.
+    made.save(os.path.join(folder, "P_1_t1.nii.gz"), made.volume("T1"), np.eye(4))
+    with pytest.raises(ValueError, match=r"_seg.nii.gz does not say how it lies.*stored as RAS"):
+        list(brats.read_case(case_of(folder), ["T1", "Seg"]))
+
+
+def test_volumes_are_turned_to_the_challenges_orientation(tmp_path):
+    """A volume gives the same slices and the same place in whatever order it is stored."""
+    lps = made.volume("T1", shape=(5, 6, 7))
+    codes = ["LPS", "RAS", "LAS", "PIR", "SRA", "IPL"]
+    for code in codes:
+        turn = nib.orientations.ornt_transform(
+            nib.orientations.axcodes2ornt("LPS"), nib.orientations.axcodes2ornt(code)
+        )
+        stored = nib.orientations.apply_orientation(lps, turn)
+        affine = made.AFFINE @ nib.orientations.inv_ornt_aff(turn, lps.shape)
+        assert nib.aff2axcodes(affine) == tuple(code)
+        path = made.save(str(tmp_path / f"{code}.nii"), stored, affine)
+        volume, own, orientation = nifti_import.read_volume(path, (256, 256, 1024))
+        assert orientation == code
+        assert np.array_equal(volume, lps)
+        assert np.array_equal(own, made.AFFINE)
+    # By hand: in RAS the first voxel lies at the right, behind, below; in LPS at the left's end.
+    ras = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+    path = made.save(str(tmp_path / "ras.nii"), ras, np.eye(4))
+    volume, own, _ = nifti_import.read_volume(path, (256, 256, 1024))
+    assert np.array_equal(volume, ras[::-1, ::-1])
+    assert own.tolist() == [[-1, 0, 0, 1], [0, -1, 0, 2], [0, 0, 1, 0], [0, 0, 0, 1]]
+
+
+def test_volumes_of_a_case_may_be_stored_differently(tmp_path):
+    folder = made.write_case(tmp_path, "P_1", channels=["T1", "Seg"])
+    before = [volume for _, volume, _ in brats.read_case(case_of(folder), ["T1", "Seg"])]
+    path = os.path.join(folder, "P_1_seg.nii.gz")
+    nib.save(nib.as_closest_canonical(nib.load(path)), path)
+    assert nib.aff2axcodes(nib.load(path).affine) == ("R", "A", "S")
+    after = [volume for _, volume, _ in brats.read_case(case_of(folder), ["T1", "Seg"])]
+    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_small_tilt_is_taken(tmp_path):
+    cos, sin = np.cos(0.15), np.sin(0.15)  # 8.6 degrees
+    tilt = np.array([[cos, -sin, 0, 0], [sin, cos, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    path = made.save(str(tmp_path / "a.nii"), made.volume("T1"), made.AFFINE @ tilt)
+    volume, affine, orientation = nifti_import.read_volume(path, (256, 256, 1024))
+    assert np.array_equal(volume, made.volume("T1")) and orientation == "LPS"
+    assert np.allclose(affine, made.AFFINE @ tilt, atol=1e-6)
+
+
+def big_endian(path):
+    header = nib.Nifti1Header(endianness=">")
+    nib.save(nib.Nifti1Image(made.volume("T1"), made.AFFINE, header, dtype=np.int16), path)
+    assert gzip.decompress(Path(path).read_bytes())[:4] == b"\0\0\1\x5c"
+
+
+def nifti_2(path):
+    nib.save(nib.Nifti2Image(made.volume("T1"), made.AFFINE), path)
+
+
+def slope_zero(path):
+    set_header(path, scl_slope=0, scl_inter=5)
+
+
+def slope_nan(path):
+    set_header(path, scl_slope=np.nan, scl_inter=np.nan)
+
+
+def slope_infinite(path):
+    set_header(path, scl_slope=np.inf)
+
+
+def qform_of_another_orientation(path):
+    set_header(path, qform_code=1, quatern_b=0, quatern_c=0, quatern_d=0)
+    assert nib.aff2axcodes(nib.load(path).get_qform()) == ("R", "A", "S")
+
+
+def notes_of_a_program(path):
+    """An extension of nibabel's kind for pickles, which must not be opened."""
+    image = nib.Nifti1Image(made.volume("T1"), made.AFFINE)
+    trap = f"cos\nmkdir\n(S'{os.path.dirname(path)}/trap'\ntR.".encode()
+    image.header.extensions.append(nib.nifti1.Nifti1Extension("pypickle", trap))
+    nib.save(image, path)
+
+
+def surplus(path):
+    with gzip.open(path, "ab") as file:
+        file.write(b"x" * 100)
+
+
+def sizes_unknown(path):
+    set_header(path, sform_code=0, qform_code=0, pixdim=[1, 0, 0, 0, 0, 0, 0, 0])
+
+
+def linked(path):
+    elsewhere = Path(path).parents[2] / "elsewhere.nii.gz"
+    os.rename(path, elsewhere)
+    os.symlink(elsewhere, path)
+
+
+UNUSUAL = [
+    big_endian,
+    nifti_2,
+    slope_zero,
+    slope_nan,
+    slope_infinite,
+    qform_of_another_orientation,
+    notes_of_a_program,
+    surplus,
+    sizes_unknown,
+    linked,
+]
+
+
+@pytest.mark.parametrize("change", UNUSUAL)
+def test_unusual_files_are_read(tmp_path, change):
+    folder = made.write_case(tmp_path / "cases", "P_1", channels=["T1"])
+    change(os.path.join(folder, "P_1_t1.nii.gz"))
+    (case,) = brats.find_cases(str(tmp_path / "cases"), ["T1"])
+    ((_, volume, _),) = brats.read_case(case, ["T1"])
+    assert volume.dtype == np.int16 and np.array_equal(volume, made.volume("T1"))
+    assert len(os.listdir(folder)) == 1
+
+
+def test_header_scales_voxels(tmp_path):
+    path = made.save(str(tmp_path / "a.nii.gz"), made.volume("T1"))
+    set_header(path, scl_slope=0.5, scl_inter=-3)
+    volume, _, _ = nifti_import.read_volume(path, (256, 256, 1024))
+    assert np.array_equal(volume, made.volume("T1") * 0.5 - 3)
+
+
+@pytest.mark.parametrize("factor", [1e-310, 1e-30, 1e30, 1e304])
+def test_units_of_intensities_do_not_matter(tmp_path, factor):
+    plain = made.save(str(tmp_path / "a.nii"), made.volume("T1").astype(np.float64))
+    scaled = made.save(str(tmp_path / "b.nii"), made.volume("T1").astype(np.float64) * factor)
+    slices = []
+    for path in (plain, scaled):
+        volume, _, _ = nifti_import.read_volume(path, (256, 256, 1024))
+        brats.check_intensities(volume, path)
+        slices.append(brats.image_slice(volume, 1, brats.intensity_scale(volume, "report")))
+    difference = np.abs(slices[0].astype(int) - slices[1])
+    assert difference.max() <= 1 and difference.mean() < 0.01
+
+
+def test_a_few_negative_voxels_become_zero(tmp_path):
+    levels = made.volume("T1")
+    levels[3] = -5
+    brats.check_intensities(levels, "a.nii")
+    assert not brats.image_slice(levels, 1, brats.intensity_scale(levels, "report"))[76 + 3].any()
 
 
 # --------------------------------------------------------------------------------- scale and slice
@@ -476,6 +807,78 @@ def test_a_case_that_changed_or_lost_a_slice_is_converted_again(tmp_path, monkey
     assert len(os.listdir(tmp_path / "out/T1")) == 12
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (os.utime, "files in .*P_2 changed while they were read: start again"),
+        (os.remove, "P_2_t1.nii.gz cannot be opened"),
+    ],
+)
+def test_a_case_that_changes_after_the_check_is_refused(tmp_path, monkeypatch, change, message):
+    for number in (1, 2):
+        made.write_case(tmp_path / "cases", f"P_{number}", channels=["T1"])
+    convert = brats_prepare._convert_case
+
+    def change_and_convert(task):
+        if task.case.name == "P_2":
+            change(task.case.files["T1"])
+        return convert(task)
+
+    settings = {"channels": ["T1"], "workers": 1, "log": quiet}
+    with monkeypatch.context() as patch:
+        patch.setattr(brats_prepare, "_convert_case", change_and_convert)
+        with pytest.raises(ValueError, match=message):
+            prepare(str(tmp_path / "cases"), str(tmp_path / "out"), **settings)
+    # The first case is kept for the next start, which mends the second.
+    assert sorted(os.listdir(tmp_path)) == ["cases", "out.partial"]
+    made.write_case(tmp_path / "cases", "P_2", channels=["T1"])
+    dataset = prepare(str(tmp_path / "cases"), str(tmp_path / "out"), **settings)
+    assert dataset["counts"]["slices"] == 8
+    assert sorted(os.listdir(tmp_path)) == ["cases", "out"]
+
+
+def test_damaged_settings_of_an_interrupted_start_are_named(cases, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_at(patch, "Subject_002")
+        with pytest.raises(KeyboardInterrupt):
+            prepare(cases, str(tmp_path / "out"), workers=1, log=quiet)
+    for content in ("", "[1]", "{"):
+        (tmp_path / "out.partial/state/settings.json").write_text(content)
+        with pytest.raises(ValueError, match=r"settings.json is damaged: delete .*out.partial "):
+            prepare(cases, str(tmp_path / "out"), workers=1, log=quiet)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["my cases", "-cases", "F\u00e4lle \u4e2d", "cafe\u0301", "new\nline", "x\udce9y", "a%20b"],
+)
+def test_folders_and_cases_may_have_any_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    made.write_case(name, f"P {name} 1", channels=["T1"])
+    dataset = prepare(name, f"-out {name}", channels=["T1"], workers=1, log=quiet)
+    assert dataset["counts"]["slices"] == 4
+    assert len(os.listdir(f"-out {name}/T1")) == 4
+
+
+def test_one_patient_of_one_slice(tmp_path):
+    path = tmp_path / "cases" / "P_1" / "P_1_t1.nii.gz"
+    made.save(str(path), made.volume("T1", shape=(104, 104, 1)))
+    dataset = prepare(
+        str(tmp_path / "cases"), str(tmp_path / "out"), channels=["T1"], workers=1, log=quiet
+    )
+    assert dataset["counts"]["train_slices"] == 1 and dataset["counts"]["test_slices"] == 0
+    assert os.listdir(tmp_path / "out" / "T1") == ["Subject_001_slice_1_T1.png"]
+
+
+def test_out_dir_may_be_a_link(tmp_path):
+    made.write_case(tmp_path / "cases", "P_1", channels=["T1"])
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk")
+    prepare(str(tmp_path / "cases"), str(tmp_path / "out"), channels=["T1"], workers=1, log=quiet)
+    assert (tmp_path / "out").is_symlink()
+    assert sorted(os.listdir(tmp_path / "disk")) == ["T1", "dataset.json"]
+
+
 def test_second_writer_is_refused(cases, tmp_path, monkeypatch):
     out = str(tmp_path / "out")
     monkeypatch.setattr(
@@ -505,9 +908,13 @@ def test_other_out_dirs_are_refused(cases, tmp_path):
         prepare(cases, str(tmp_path / "file"), workers=1)
     with pytest.raises(ValueError, match=r"cannot be created: .*file is not a folder"):
         prepare(cases, str(tmp_path / "file" / "out"), workers=1)
+    (tmp_path / "out.partial").write_text("x")
+    with pytest.raises(ValueError, match=r"out.partial is of another origin"):
+        prepare(cases, str(tmp_path / "out"), workers=1)
+    (tmp_path / "out.partial").unlink()
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "mine.txt").write_text("x")
-    with pytest.raises(ValueError, match=r"out.partial holds files of another origin"):
+    with pytest.raises(ValueError, match=r"out.partial is of another origin"):
         prepare(cases, str(tmp_path / "out"), workers=1)
 
 
@@ -551,9 +958,14 @@ def test_coverage_falls_back_and_is_recorded(tmp_path):
 
 
 def test_own_grid_is_recorded(tmp_path):
-    for number, shape in ((1, (104, 104, 4)), (2, (120, 110, 3))):
+    moved = made.AFFINE.copy()
+    moved[:3, 3] = 7, -8, 9
+    for number, shape, affine in (
+        (1, (104, 104, 4), made.AFFINE),
+        (2, (120, 110, 3), moved),
+    ):
         path = tmp_path / "cases" / f"P_{number}" / f"P_{number}_t1.nii"
-        made.save(str(path), made.volume("T1", shape=shape), np.diag([number] * 3 + [1]))
+        made.save(str(path), made.volume("T1", shape=shape), affine)
     dataset = prepare(
         str(tmp_path / "cases"), str(tmp_path / "out"), channels=["T1"], workers=1, log=quiet
     )
@@ -561,7 +973,7 @@ def test_own_grid_is_recorded(tmp_path):
     assert not {"shape", "padding", "affine"} & set(first)
     assert second["shape"] == [120, 110, 3]
     assert second["padding"] == [[68, 68], [73, 73]]
-    assert second["affine"] == np.diag([2.0, 2, 2, 1]).tolist()
+    assert second["affine"] == moved.tolist()
 
 
 def test_patient_without_slices(tmp_path):
@@ -632,17 +1044,39 @@ def test_read_dataset_json(tmp_path):
     assert brats.read_dataset_json(str(tmp_path)) is None
     path = tmp_path / "dataset.json"
     good = {"format": "brats-slices", "version": 1, "cases": []}
+    own = {"subject": "a", "split": "train", "slices": [1, 2]}
+    geometry = {"volume_shape": [240, 240, 155], "padding": [[8, 8], [8, 8]]}
+    placed = {**good, "image_size": 256, "label_convention": "2020"}
     for text, message in [
         ('{"format": "brats-sl', "is damaged"),
         ("[]", "is damaged"),
+        ("[" * 100_000, "is damaged"),
+        (json.dumps({**good, "cases": [own, own]}), "a slice of 'a' is listed twice"),
+        (json.dumps({**good, "cases": [{**own, "slices": [1, 1]}]}), "listed twice"),
+        (json.dumps({**good, "cases": [{**own, "slices": [0]}]}), "no list of numbers"),
+        (json.dumps({**good, "cases": [{**own, "slices": [True]}]}), "no list of numbers"),
+        (json.dumps({**placed, "geometry": {**geometry, "affine": [[0] * 4] * 3}}), "geometry"),
+        (json.dumps({**placed, "geometry": {"affine": [[0] * 4] * 4}}), "is damaged"),
         (json.dumps({**good, "cases": [{"split": "train"}]}), "is damaged"),
         (json.dumps({**good, "version": 2}), "version 2: expected"),
+        (json.dumps({"format": "other"}), "is damaged"),
     ]:
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
             brats.read_dataset_json(str(tmp_path))
-    path.write_text(json.dumps(good))
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match="is damaged"):
+        brats.read_dataset_json(str(tmp_path))
+    placed["geometry"] = {**geometry, "affine": made.AFFINE.tolist()}
+    for content in (good, {**good, "cases": [own]}, placed):
+        path.write_text(json.dumps(content))
+        assert brats.read_dataset_json(str(tmp_path)) == content
+    path.write_text("\ufeff" + json.dumps(good), encoding="utf-8")  # as some editors on Windows do
     assert brats.read_dataset_json(str(tmp_path)) == good
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(ValueError, match=r"dataset.json is no file but"):
+        brats.read_dataset_json(str(tmp_path))
 
 
 # -------------------------------------------------------------------------------------- the script

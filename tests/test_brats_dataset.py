@@ -2,10 +2,13 @@
 
 import gc
 import json
+import os
+import struct
 import subprocess
 import sys
 import textwrap
 import time
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -191,9 +194,80 @@ def renamed_jpeg(root):
     return r"Subject_001_slice_3_T1ce.png is not a PNG file"
 
 
+def third(root):
+    return root / "T1CE" / "Subject_001_slice_3_T1ce.png"
+
+
+def palette(root):
+    Image.new("P", (8, 8)).save(third(root))
+    return r"slice_3_T1ce.png is a 1-bit palette PNG"
+
+
+def with_alpha(root):
+    Image.new("LA", (8, 8)).save(third(root))
+    return r"slice_3_T1ce.png is a 8-bit grey with alpha PNG"
+
+
+def promises_too_much(root):
+    start = b"\x89PNG\r\n\x1a\n\0\0\0\x0dIHDR" + struct.pack(">IIBB", 100_000, 100_000, 8, 0)
+    for path in root.glob("*/*.png"):
+        path.write_bytes(start)
+    return r"has 100000x100000 pixels: slices have at most 4096x4096"
+
+
+def no_bytes(root):
+    third(root).write_bytes(b"")
+    return r"slice_3_T1ce.png is not a PNG file, or is truncated"
+
+
+def folder_named_like_a_slice(root):
+    third(root).unlink()
+    third(root).mkdir()
+    return r"slice_3_T1ce.png is not a PNG file: remove it"
+
+
+def pipe_named_like_a_slice(root):
+    third(root).unlink()
+    os.mkfifo(third(root))
+    return r"slice_3_T1ce.png is no file but a folder, a pipe or a device"
+
+
+def broken_link(root):
+    third(root).unlink()
+    third(root).symlink_to(root / "nowhere.png")
+    return r"slice_3_T1ce.png is a link that leads nowhere"
+
+
+def link_to_itself(root):
+    third(root).unlink()
+    third(root).symlink_to(third(root).name)
+    return r"slice_3_T1ce.png is a link that leads nowhere"
+
+
+def other_case(root):
+    third(root).rename(root / "T1CE" / "subject_001_slice_3_T1ce.png")
+    return r"has no file for the slice [Ss]ubject_001_slice_3"
+
+
+def composed_and_decomposed(root):
+    write_png(root / "Seg" / "caf\u00e9.png", np.zeros((8, 8), dtype=np.uint8))
+    write_png(root / "Seg" / "cafe\u0301.png", np.zeros((8, 8), dtype=np.uint8))
+    return "two files for the slice caf\u00e9"
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
+        palette,
+        with_alpha,
+        promises_too_much,
+        no_bytes,
+        folder_named_like_a_slice,
+        pipe_named_like_a_slice,
+        broken_link,
+        link_to_itself,
+        other_case,
+        composed_and_decomposed,
         missing_file,
         missing_listed_file,
         extra_unlisted_file,
@@ -235,6 +309,141 @@ def test_bad_settings_are_refused_when_load_data_is_called(tmp_path):
         load_data(batch_size=2, image_size=8, data_dir=root, seed=-1)
     with pytest.raises(ValueError, match="there is no slice folder"):
         load_data(batch_size=2, image_size=8, data_dir=root + "/none")
+
+
+def test_names_pair_however_their_accents_are_written(tmp_path):
+    """macOS writes an accented letter as two characters, Linux mostly as one."""
+    write_png(tmp_path / "Seg" / "caf\u00e9_1_seg.png", np.zeros((8, 8), dtype=np.uint8))
+    write_png(tmp_path / "T1CE" / "cafe\u0301_1_T1ce.png", np.zeros((8, 8), dtype=np.uint8))
+    ((seg, t1ce),) = get_BRATS_paths(["Seg", "T1CE"], str(tmp_path))
+    assert (Path(seg).exists(), Path(t1ce).exists()) == (True, True)
+    for subject in ("caf\u00e9", "cafe\u0301"):
+        cases = [{"subject": subject, "case": subject, "split": "train", "slices": [1]}]
+        content = {"format": "brats-slices", "version": 1, "cases": cases}
+        for parent, old, new in (("Seg", "_1_seg", "_slice_1_seg"), ("T1CE", "_1_", "_slice_1_")):
+            for path in (tmp_path / parent).glob("caf*"):
+                if "_slice_" not in path.name:
+                    path.rename(path.with_name(path.name.replace(old, new)))
+        (tmp_path / "dataset.json").write_text(json.dumps(content))
+        assert len(get_BRATS_paths(["Seg", "T1CE"], str(tmp_path))) == 1
+
+
+@pytest.mark.parametrize(
+    "name", ["my slices", "-slices", "Schichten \u00fc\u4e2d", "a%20b#c", "x\udce9y"]
+)
+def test_folders_may_have_any_name(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    write_slices(Path(name))
+    data = load_data(batch_size=2, image_size=8, data_dir=name, num_workers=0)
+    assert next(data)[0].shape == (2, 2, 8, 8)
+
+
+def test_slices_may_be_links_out_of_the_folder(tmp_path):
+    write_slices(tmp_path / "store")
+    (tmp_path / "slices").mkdir()
+    for channel in ("Seg", "T1CE"):
+        (tmp_path / "slices" / channel).symlink_to(tmp_path / "store" / channel)
+    data = load_data(
+        batch_size=8, image_size=8, data_dir=str(tmp_path / "slices"), deterministic=True
+    )
+    assert numbers_of(next(data)[0]) == list(range(1, 9))
+
+
+# Adam7: every eighth pixel first, then what lies between, in seven passes (column, row, steps).
+ADAM7 = [(0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2)]
+ADAM7 += [(0, 1, 1, 2)]
+
+
+def png(plane, chunks=(), interlaced=False):
+    """An 8-bit grey PNG of [H, W], byte by byte."""
+
+    def chunk(name, content):
+        size, check = struct.pack(">I", len(content)), struct.pack(">I", zlib.crc32(name + content))
+        return size + name + content + check
+
+    header = struct.pack(">IIBBBBB", plane.shape[1], plane.shape[0], 8, 0, 0, 0, interlaced)
+    passes = [plane[y::h, x::w] for x, y, w, h in ADAM7] if interlaced else [plane]
+    rows = b"".join(b"\0" + row.tobytes() for part in passes for row in part)
+    chunks = [(b"IHDR", header), *chunks, (b"IDAT", zlib.compress(rows)), (b"IEND", b"")]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*parts) for parts in chunks)
+
+
+@pytest.mark.parametrize(
+    ("settings", "behind"),
+    [
+        ({"interlaced": True}, b""),
+        ({}, b"what another program appended"),
+        ({"chunks": [(b"tRNS", b"\0\7"), (b"gAMA", struct.pack(">I", 45455))]}, b""),
+        ({"chunks": [(b"acTL", struct.pack(">II", 1, 0))]}, b""),  # an animation of one picture
+    ],
+)
+def test_unusual_slices_are_read(tmp_path, settings, behind):
+    plane = np.arange(81, dtype=np.uint8).reshape(9, 9) * 3
+    path = tmp_path / "T1" / "a.png"
+    path.parent.mkdir()
+    path.write_bytes(png(plane, **settings) + behind)
+    brats_dataset._check_headers([str(path)])
+    item, _ = load_channels_from_dir([[str(path)]])[0]
+    assert torch.equal(item[0], torch.tensor(plane / 127.5 - 1, dtype=torch.float32))
+
+
+def test_of_an_animated_slice_the_first_picture_counts(tmp_path):
+    first, second = (Image.new("L", (4, 4), level) for level in (51, 204))
+    path = tmp_path / "a.png"
+    first.save(path, save_all=True, append_images=[second])
+    with Image.open(path) as animation:
+        assert animation.n_frames == 2
+    item, _ = load_channels_from_dir([[str(path)]])[0]
+    assert torch.equal(item, torch.full((1, 4, 4), 51 / 127.5 - 1))
+
+
+def loses_a_file(path):
+    path.unlink()
+    return r"slice_3_T1ce.png cannot be opened \(No such file or directory\): restore"
+
+
+def gets_another_size(path):
+    Image.new("L", (16, 16)).save(path)
+    return r"slice_3_T1ce.png has 16x16 pixels but had 64x64 when the folder was checked"
+
+
+def gets_another_kind(path):
+    Image.new("RGB", (64, 64)).save(path)
+    return r"slice_3_T1ce.png has Pillow mode RGB: expected 8-bit grey"
+
+
+def gets_a_wrong_bit(path):
+    content = bytearray(path.read_bytes())
+    content[200] ^= 1
+    path.write_bytes(content)
+    return r"slice_3_T1ce.png cannot be decoded \(the checksum of a chunk 'IDAT' is wrong\)"
+
+
+def gets_a_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+    return r"slice_3_T1ce.png is no file but"
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.parametrize(
+    "change", [loses_a_file, gets_another_size, gets_another_kind, gets_a_wrong_bit, gets_a_pipe]
+)
+def test_folder_that_changes_after_the_check_is_one_sentence(tmp_path, change, num_workers):
+    write_slices(tmp_path, channels=["T1CE"], size=64)
+    path = tmp_path / "T1CE" / "Subject_001_slice_3_T1ce.png"
+    write_png(path, np.random.default_rng(0).integers(0, 255, (64, 64), dtype=np.uint8))
+    data = load_data(
+        batch_size=8,
+        image_size=32,
+        data_dir=str(tmp_path),
+        brats_channels=["T1CE"],
+        num_workers=num_workers,
+    )
+    message = change(path)
+    with pytest.raises(ValueError, match=message) as caught:
+        next(data)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
@@ -501,15 +710,15 @@ def test_deterministic_keeps_the_sorted_order(tmp_path):
     write_slices(tmp_path, numbers=range(1, 12))
     data = load_data(batch_size=4, image_size=8, data_dir=str(tmp_path), deterministic=True)
     order = [numbers_of(batch) for batch in take(data, 4)]
-    assert order == [[1, 2, 3, 4], [5, 6, 7, 8]] * 2
+    assert order == [[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 1], [2, 3, 4, 5]]
 
 
 @pytest.mark.parametrize("start", [0, 1, 2, 5])
-def test_start_batch_goes_on_where_an_earlier_run_stopped(tmp_path, start):
+def test_start_goes_on_where_an_earlier_run_stopped(tmp_path, start):
     write_slices(tmp_path)
     settings = {"batch_size": 3, "image_size": 8, "data_dir": str(tmp_path), "seed": 7}
     whole = take(load_data(**settings), 8)
-    rest = take(load_data(**settings, start_batch=start), 8 - start)
+    rest = take(load_data(**settings, start=3 * start), 8 - start)
     assert all(torch.equal(a, b) for a, b in zip(whole[start:], rest, strict=True))
     assert not torch.equal(
         torch.stack(whole), torch.stack(take(load_data(**settings | {"seed": 8}), 8))
@@ -568,9 +777,10 @@ def test_workers_outlive_signals_and_end_with_the_main_process(tmp_path):
 
 def test_closing_the_generator_ends_its_worker(tmp_path):
     write_slices(tmp_path)
+    others = set(torch.multiprocessing.active_children())
     data = load_data(batch_size=2, image_size=8, data_dir=str(tmp_path))
     next(data)
-    children = set(torch.multiprocessing.active_children())
+    children = set(torch.multiprocessing.active_children()) - others
     assert children
     data.close()
     gc.collect()

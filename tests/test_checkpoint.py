@@ -1,8 +1,16 @@
+import itertools
+import multiprocessing
 import os
 import pickle
+import re
+import subprocess
+import sys
+import time
+import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -177,26 +185,243 @@ def touch(folder, *names):
         (folder / name).write_text(name)
 
 
+def write_set(folder, step, seed=0):
+    """A checkpoint of one weight as training writes it."""
+    generator = torch.Generator().manual_seed(seed)
+    weights = OrderedDict(weight=torch.randn(50, 50, generator=generator))
+    ema, opt = checkpoint.ema_name(0.9, step), checkpoint.opt_name(step)
+    about = {"step": step}
+    files = {
+        ema: checkpoint.save(checkpoint.with_metadata(weights, about), str(folder / ema)),
+        opt: checkpoint.save({"training": {**about, "seed": seed}}, str(folder / opt)),
+    }
+    path = str(folder / checkpoint.model_name(step))
+    checkpoint.save(checkpoint.with_metadata(weights, {**about, "files": files}), path)
+    return path
+
+
 def test_latest_is_the_newest_complete_one(tmp_path):
     run = tmp_path / "run"
-    assert checkpoint.find_resume_checkpoint("latest", str(run)) == ""
-    touch(run, "model000010.pt", "opt000010.pt", "model100000.pt", "opt100000.pt")
+    assert checkpoint.find_resume_checkpoint("latest", str(run)) == ("", [])
+    write_set(run, 10)
+    newest = write_set(run, 100000)
     # Killed while saving: the model comes last.
     touch(run, "ema_0.9_200000.pt", "opt200000.pt", "model300000.pt.partial")
-    assert checkpoint.find_resume_checkpoint("latest", str(run)) == str(run / "model100000.pt")
+    assert checkpoint.find_resume_checkpoint("latest", str(run)) == (newest, [])
+
+
+def flip(path, place):
+    """Turn around one bit, so many bytes (or such a share of them) into the file."""
+    with open(path, "r+b") as file:
+        file.seek(int(place * os.path.getsize(path)))
+        byte = file.read(1)[0]
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([byte ^ 16]))
+
+
+def cut(path):
+    with open(path, "r+b") as file:
+        file.truncate(os.path.getsize(path) - 100)
+
+
+DAMAGES = {
+    "flipped": lambda path: flip(path, 0.5),
+    "cut": cut,
+    "emptied": lambda path: open(path, "w").close(),
+    "of another run": lambda path: write_set_beside(path, seed=1),
+    "missing": os.unlink,
+}
+
+
+def write_set_beside(path, seed):
+    """Replace one file of a set by the same of another run."""
+    other = path.parent / "other"
+    other.mkdir()
+    write_set(other, 20, seed)
+    os.replace(other / path.name, path)
+
+
+@pytest.mark.parametrize("name", ["model000020.pt", "ema_0.9_000020.pt", "opt000020.pt"])
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, name, damage):
+    older, newer = write_set(tmp_path, 10), write_set(tmp_path, 20)
+    DAMAGES[damage](tmp_path / name)
+    path, sentences = checkpoint.find_resume_checkpoint("latest", str(tmp_path))
+    assert path == older
+    if damage == "missing" and not name.startswith("ema"):
+        assert sentences == []  # no checkpoint, as far as anyone can tell
+        return
+    (sentence,) = sentences
+    of_model = name.startswith("model") and damage == "of another run"  # then the others differ
+    assert of_model or name in sentence
+    with pytest.raises(ValueError, match=re.escape(sentence)):
+        checkpoint.verify(newer)
+    os.unlink(older)
+    with pytest.raises(ValueError, match="holds no checkpoint that can be continued"):
+        checkpoint.find_resume_checkpoint("latest", str(tmp_path))
+
+
+def test_every_flipped_bit_of_the_content_is_seen(tmp_path):
+    """Weights, structure and directory; only fields that nothing reads may change unseen."""
+    path = write_set(tmp_path, 10)
+    content = Path(path).read_bytes()
+    weights = checkpoint.load_weights(path)
+    unseen = 0
+    for place in np.linspace(0, len(content) - 1, 400).astype(int):
+        changed = bytearray(content)
+        changed[place] ^= 1 << (place % 8)
+        Path(path).write_bytes(changed)
+        try:
+            own = checkpoint.load_weights(path)
+        except ValueError as error:
+            assert path in str(error)
+            continue
+        unseen += 1
+        assert torch.equal(own["weight"], weights["weight"])
+        assert checkpoint.metadata_of(own) == checkpoint.metadata_of(weights)
+    assert unseen < 40
+
+
+def test_a_member_that_calls_itself_a_folder_is_refused(tmp_path):
+    """One bit of the directory, for which PyTorch would give memory as it is for the weights."""
+    path = write_set(tmp_path, 10)
+    content = bytearray(Path(path).read_bytes())
+    entry = content.rindex(b"archive/data/0") - 46  # of the zip's central directory
+    assert content[entry : entry + 4] == b"PK\x01\x02"
+    content[entry + 38] |= 0x10
+    Path(path).write_bytes(content)
+    with pytest.raises(ValueError, match="is no readable checkpoint"):
+        checkpoint.load(path)
+
+
+def test_pipes_are_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "model000010.pt")
+    with pytest.raises(ValueError, match=r"model000010\.pt"):
+        checkpoint.load(str(tmp_path / "model000010.pt"))
+
+
+def test_compressed_archives_are_refused(tmp_path):
+    """They may hold far more than the file is large."""
+    path = write_set(tmp_path, 10)
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+    with pytest.raises(ValueError, match="is no readable checkpoint"):
+        checkpoint.load(path)
+
+
+def test_sets_without_checksums_are_read_through(tmp_path):
+    """Those of the first version and of openai/improved-diffusion."""
+    path = write_set(tmp_path, 10)
+    weights = checkpoint.load_weights(path)
+    torch.save(OrderedDict(weights), path)
+    checkpoint.verify(path, [0.9])
+    with pytest.raises(ValueError, match=r"ema_0\.5_000010\.pt is missing .* out of --ema_rate"):
+        checkpoint.verify(path, [0.5])
+    flip(tmp_path / "opt000010.pt", 0.3)
+    with pytest.raises(ValueError, match=r"opt000010\.pt is no readable checkpoint"):
+        checkpoint.verify(path)
 
 
 def test_a_run_is_never_overwritten(tmp_path):
     run = tmp_path / "run"
-    touch(run, "model000010.pt", "opt000010.pt")
+    own = write_set(run, 10)
     with pytest.raises(ValueError, match="already holds a run; continue it with"):
         checkpoint.find_resume_checkpoint("", str(run))
-    own = str(run / "model000010.pt")
-    assert checkpoint.find_resume_checkpoint(own, str(run)) == own
+    assert checkpoint.find_resume_checkpoint(own, str(run)) == (own, [])
     with pytest.raises(ValueError, match="already holds a run"):
         checkpoint.find_resume_checkpoint(str(tmp_path / "model000020.pt"), str(run))
     other = tmp_path / "other"
-    assert checkpoint.find_resume_checkpoint(own, str(other)) == own
+    assert checkpoint.find_resume_checkpoint(own, str(other)) == (own, [])
+
+
+def is_free(folder):
+    """Whether another process could train in the folder."""
+    program = "import sys; from improved_diffusion import checkpoint as c\n"
+    program += "with c.exclusive(sys.argv[1]): print('free')"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    result = subprocess.run(
+        [sys.executable, "-c", program, folder], env=environment, capture_output=True, text=True
+    )
+    assert result.returncode == 0 or "another process is training in" in result.stderr
+    return result.stdout == "free\n"
+
+
+def test_one_training_at_a_time_in_a_folder(tmp_path):
+    folder = str(tmp_path / "new" / "run")
+    with checkpoint.exclusive(folder):
+        assert not is_free(folder)
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    with checkpoint.exclusive(folder):
+        child.start()  # as the loader's workers, which outlive a killed training for a moment
+    assert is_free(folder)
+    child.kill()
+    touch(tmp_path, "file")
+    blocked = checkpoint.exclusive(str(tmp_path / "file/a"))
+    with pytest.raises(OSError, match="cannot be made"), blocked:
+        pass
+
+
+def test_half_written_files_of_a_killed_process_are_removed(tmp_path):
+    names = ["model000010.pt.partial", "ema_0.9_000010.pt.partial", "opt000010.pt.partial"]
+    touch(tmp_path, *names, "model000005.pt", "mine.pt.partial", "grid.png.partial")
+    checkpoint.remove_partial(str(tmp_path))
+    assert sorted(os.listdir(tmp_path)) == ["grid.png.partial", "mine.pt.partial", "model000005.pt"]
+
+
+def test_thinning_by_hand():
+    """The two newest stay; of the others goes the one with the closest neighbours."""
+    assert checkpoint.to_thin_out([10, 20], 2) == []
+    assert checkpoint.to_thin_out([10, 20, 30, 40, 50], 4) == [10]  # 0-20, 10-30, 20-40: the oldest
+    assert checkpoint.to_thin_out([20, 30, 40, 50, 60], 4) == [30]  # 0-30, 20-40, 30-50
+    assert checkpoint.to_thin_out([10, 20, 30, 40], 2) == [10, 20]
+
+
+@pytest.mark.parametrize("keep", [2, 3, 5, 10])
+def test_what_thinning_leaves_is_spread_over_the_run(keep):
+    left = []
+    for step in range(10, 2010, 10):
+        left.append(step)
+        removed = checkpoint.to_thin_out(left, keep)
+        assert len(removed) <= 1
+        left = [own for own in left if own not in removed]
+        assert left[-2:] == [step - 10, step][-len(left) :]
+    assert len(left) == keep
+    spread = [0, *left[:-2], 2000]
+    even = 2000 / (keep - 1)
+    assert max(b - a for a, b in itertools.pairwise(spread)) <= 2 * even + 10
+
+
+def test_thinning_removes_all_files_of_a_step(tmp_path):
+    for step in (10, 20, 30):
+        write_set(tmp_path, step)
+    touch(tmp_path, "notes000010.pt", "progress.csv")
+    assert checkpoint.thin_out(str(tmp_path), 2) == [10]
+    assert checkpoint.complete_steps(str(tmp_path)) == [20, 30]
+    assert sorted(path.name for path in tmp_path.glob("*10.pt")) == ["notes000010.pt"]
+    assert checkpoint.thin_out(str(tmp_path), 2) == []
+
+
+def test_size_of_a_checkpoint(tmp_path):
+    """Weights, an average and two moments of 2,500 numbers, and little else."""
+    write_set(tmp_path, 10)
+    moments = {"exp_avg": torch.zeros(50, 50), "exp_avg_sq": torch.zeros(50, 50)}
+    checkpoint.save({"state": {0: moments}}, str(tmp_path / "opt000010.pt"))
+    size = sum(path.stat().st_size for path in tmp_path.iterdir())
+    expected = checkpoint.size_in_bytes(2500, averages=1)
+    assert expected == 40_000
+    assert expected < size < expected + 8_000
+    assert checkpoint.free_bytes(str(tmp_path / "not" / "there")) > 0
+    assert checkpoint.free_bytes("gs://bucket/run") is None
+
+
+def test_a_run_that_begins_anew_keeps_its_log(tmp_path):
+    touch(tmp_path, "progress.csv", "opt000010.pt")
+    assert checkpoint.supersede(str(tmp_path), -1) == ["opt000010.pt"]
+    assert sorted(os.listdir(tmp_path / "superseded")) == ["opt000010.pt", "progress.csv"]
+    assert (tmp_path / "progress.csv").exists()
 
 
 def test_newer_checkpoints_are_moved_aside(tmp_path):
@@ -229,8 +454,5 @@ def test_plain_values_survive(tmp_path):
     content = {"state": {}, "training": {"step": 3, "flags": {"lr": 1e-4, "channels": "Seg"}}}
     checkpoint.save(content, path)
     assert checkpoint.load(path) == content
-    assert checkpoint.training_flags(str(tmp_path / "model000001.pt"), 1) == {
-        "lr": 1e-4,
-        "channels": "Seg",
-    }
+    assert checkpoint.training_state(str(tmp_path / "model000001.pt"), 1) == content["training"]
     assert os.listdir(tmp_path) == ["opt000001.pt"]

@@ -207,19 +207,69 @@ def test_a_new_key_extends_the_header(tmp_path):
     assert os.listdir(tmp_path / "run") == ["progress.csv"], "no temporary file is left"
 
 
-def test_a_rewrite_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+def test_a_rewrite_that_fails_is_tried_again(tmp_path, monkeypatch, capsys):
+    """Rows meanwhile go without the new column; the failure is told once and ends nothing."""
     write_rows("run", {"b": 1, "step": 1})
-    before = (tmp_path / "run/progress.csv").read_bytes()
+    path = tmp_path / "run/progress.csv"
 
     def fail(*args):
         raise OSError("disk full")
 
-    monkeypatch.setattr(os, "replace", fail)
-    logger.logkvs({"a": 1, "step": 2})
-    with pytest.raises(OSError, match="disk full"):
-        logger.dumpkvs()
-    assert (tmp_path / "run/progress.csv").read_bytes() == before
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", fail)
+        for step in (2, 3):
+            logger.logkvs({"a": 1, "b": 2, "step": step})
+            logger.dumpkvs()
+    assert path.read_text() == "b,step\n1,1\n2,2\n2,3\n"
     assert os.listdir(tmp_path / "run") == ["progress.csv"]
+    logger.logkvs({"a": 1, "step": 4})
+    logger.dumpkvs()
+    assert path.read_text() == "b,step,a\n1,1,\n2,2,\n2,3,\n,4,1\n"
+
+
+class DiskThatFills:
+    """Stands for blobfile's files: takes some bytes of the next writes, then is full."""
+
+    def __init__(self, monkeypatch):
+        self.room = None
+        original = logger.bf.BlobFile
+
+        def opened(path, mode):
+            file = original(path, mode)
+            write = file.write
+
+            def limited(data):
+                if self.room is None:
+                    return write(data)
+                write(data[: self.room])
+                self.room = 0
+                raise OSError(28, "No space left on device")
+
+            file.write = limited
+            return file
+
+        monkeypatch.setattr(logger.bf, "BlobFile", opened)
+
+
+@pytest.mark.parametrize("room", [0, 3, 11])
+def test_rows_wait_for_room_on_the_disk(tmp_path, monkeypatch, capsys, room):
+    """A part that was written is written again, not twice."""
+    logger.configure(str(tmp_path), ["csv", "json", "log"])
+    disk = DiskThatFills(monkeypatch)
+    for step in range(1, 6):
+        disk.room = {2: room, 3: 0}.get(step)
+        logger.logkvs({"loss": step / 4, "step": step})
+        logger.log(f"line {step}")
+        logger.dumpkvs()
+    assert (tmp_path / "progress.csv").read_text() == (
+        "loss,step\n0.25,1\n0.5,2\n0.75,3\n1.0,4\n1.25,5\n"
+    )
+    lines = (tmp_path / "progress.json").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
+    text = (tmp_path / "log.txt").read_text()
+    assert [text.count(f"line {step}\n") for step in range(1, 6)] == [1] * 5
+    told = [line for line in capsys.readouterr().err.splitlines() if "cannot be written" in line]
+    assert len(told) == 3 and "No space left" in told[0]  # one for each file
 
 
 @pytest.mark.parametrize("rest", ["2,0.2", "2", "2,0.25,"])

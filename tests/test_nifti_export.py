@@ -12,8 +12,8 @@ from improved_diffusion.brats_prepare import prepare
 from improved_diffusion.nifti_export import BRATS_GEOMETRY
 
 CHANNELS = ["Seg", "T1CE"]
-# Voxels of 1 x 2 x 3 mm whose first axis runs forwards and whose second runs to the left.
-AFFINE = np.array([[0.0, -2, 0, 30], [1, 0, 0, -50], [0, 0, 3, 7], [0, 0, 0, 1]])
+# The first axis of the files runs forwards and the second to the left.
+AFFINE = np.array([[0.0, -1, 0, 30], [1, 0, 0, -50], [0, 0, 1, 7], [0, 0, 0, 1]])
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +46,10 @@ def test_a_pixel_lies_where_its_voxel_does(dataset, tmp_path):
     assert before == [76, 76]  # 104 of 256
     for voxel in ([0, 0], [103, 50]):
         pixel = [voxel[0] + before[0], voxel[1] + before[1], 0, 1]
-        np.testing.assert_allclose(image.affine @ pixel, AFFINE @ [*voxel, 2, 1])  # slice 2 of 4
-    assert nib.aff2axcodes(image.affine) == nib.aff2axcodes(AFFINE) == ("A", "L", "S")
-    assert image.header.get_zooms() == (1, 2, 3)
+        stored = [103 - voxel[1], voxel[0], 2, 1]  # slice 2 of 4
+        np.testing.assert_allclose(image.affine @ pixel, AFFINE @ stored)
+    assert nib.aff2axcodes(image.affine) == ("L", "P", "S")
+    assert image.header.get_zooms() == (1, 1, 1)
     assert image.header.get_xyzt_units()[0] == "mm"
     assert (image.header["qform_code"], image.header["sform_code"]) == (1, 1)
     np.testing.assert_allclose(image.get_qform(), image.get_sform(), atol=1e-5)

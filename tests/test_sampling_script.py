@@ -250,10 +250,13 @@ def test_two_processes_make_the_files_of_one(model_path, sample, tmp_path, monke
     assert "sampling_script.py" not in result.stderr  # in a traceback
 
 
-def test_mpiexec_is_pointed_to_torchrun(sample, tmp_path, monkeypatch):
+def test_mpiexec_needs_a_library(sample, tmp_path, monkeypatch):
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     monkeypatch.setenv("PMI_SIZE", "2")
     with contextlib.suppress(KeyError):
         monkeypatch.delenv("WORLD_SIZE")
-    assert "start the script with torchrun --nproc_per_node=2" in sample(tmp_path / "out")
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    error = sample(tmp_path / "out")
+    assert "no MPI library: pip install mpich" in error
+    assert "or use torchrun --nproc_per_node=2" in error

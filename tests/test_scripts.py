@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from improved_diffusion import checkpoint, logger
+from improved_diffusion.evaluation import distribution, validity
 
 ROOT = Path(__file__).parent.parent
 # Tests run side by side, and networks this small are faster on one thread.
@@ -86,6 +87,7 @@ def refused(result, *parts):
 
 def test_files_of_a_run(trained):
     assert sorted(path.name for path in trained.iterdir() if path.name != "tb") == [
+        ".lock",
         "ema_0.9_000004.pt",
         "log.txt",
         "model000004.pt",
@@ -151,6 +153,144 @@ def test_a_run_is_continued_not_overwritten(trained, slices, script, tmp_path):
     assert "finished at step 6" in script("image_train", *argv)[1]
 
 
+def test_a_damaged_checkpoint_is_passed_over(trained, slices, script, tmp_path):
+    """Named, put aside, and the one before it continued."""
+    out = tmp_path / "run"
+    argv = ["--data_dir", slices, *TRAIN, "--out_dir", out, "--save_interval", 2]
+    assert script("image_train", *argv, "--max_steps", 4)[0] == 0
+    expected = (out / "model000004.pt").read_bytes(), (out / "progress.csv").read_bytes()
+    for name in ("opt000004.pt", "model000004.pt"):
+        content = bytearray((out / name).read_bytes())
+        content[len(content) // 2] ^= 1
+        (out / name).write_bytes(content)
+        model = out / "model000004.pt"
+        refused(script("image_train", *argv, "--resume_checkpoint", model), name)
+        again = [*argv, "--resume_checkpoint", "latest", "--max_steps", 4]
+        status, output, _ = script("image_train", *again)
+        assert status == 0
+        assert f"not continued from: {out / name}" in output
+        assert "at step 2" in output and f"moved {name}, newer than step 2" in output
+        assert ((out / "model000004.pt").read_bytes(), (out / "progress.csv").read_bytes()) == (
+            expected
+        )
+    for path in out.glob("model*.pt"):
+        path.write_bytes(b"")
+    refused(script("image_train", *again), "no checkpoint that can be continued", "model000004.pt")
+
+
+def test_a_run_begins_anew_where_nothing_was_saved(slices, script, tmp_path):
+    """As the same command says that would continue it."""
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "progress.csv").write_text("loss,step\n0.5,1\n")
+    argv = ["--data_dir", slices, *TRAIN, "--out_dir", out, "--max_steps", 2]
+    refused(script("image_train", *argv), "already holds a run")
+    assert script("image_train", *argv, "--resume_checkpoint", "latest")[0] == 0
+    assert [row["step"] for row in logger.read_progress(str(out / "progress.csv"))] == [1, 2]
+    assert (out / "superseded" / "progress.csv").read_text() == "loss,step\n0.5,1\n"
+
+
+def test_the_disk_need_is_told_at_the_start(slices, script, tmp_path, monkeypatch):
+    """Of 2 channels, 32 wide: 318,692 parameters, an average and two moments, 4 bytes each."""
+    room = 10**9
+    monkeypatch.setattr(checkpoint, "free_bytes", lambda folder: room)
+    out = tmp_path / "run"
+    base = ["--data_dir", slices, *TRAIN, "--out_dir", out]
+    argv = [*base, "--max_steps", 4, "--save_interval", 1]
+    assert (
+        "a checkpoint takes 5.1 MB, 4 of them 20.4 MB; 1.0 GB are free"
+        in (script("image_train", *argv)[1])
+    )
+    argv[-3], room = 9, 16 * 10**6
+    output = script("image_train", *argv, "--resume_checkpoint", "latest")[1]
+    assert "5 of them 25.5 MB; 16.0 MB are free, which is NOT ENOUGH: see --keep" in output
+    argv = [*base[:-1], tmp_path / "new", "--max_steps", 9, "--save_interval", 1]
+    output = script("image_train", *argv, "--keep_checkpoints", 2)[1]
+    assert "a checkpoint takes 5.1 MB, 3 of them 15.3 MB; 16.0 MB are free\n" in output
+    assert checkpoint.complete_steps(str(tmp_path / "new")) == [8, 9]
+    room = 10**6
+    out = tmp_path / "no room"
+    argv = [*base[:-1], out]
+    refused(script("image_train", *argv), out, "a checkpoint takes 5.1 MB", "1.0 MB are free")
+    assert not out.exists()
+
+
+def test_two_trainings_in_one_folder(trained, slices, script, tmp_path):
+    """The second is refused and changes nothing; the lock goes with the process that holds it."""
+    out = tmp_path / "run"
+    shutil.copytree(trained, out)
+    holder = "import sys; from improved_diffusion import checkpoint as c\n"
+    holder += "with c.exclusive(sys.argv[1]): print(1, flush=True); sys.stdin.read()"
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen(
+        [sys.executable, "-c", holder, out],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=environment,
+    )
+    process.stdout.readline()
+    files = {path: path.read_bytes() for path in out.glob("*.*")}
+    argv = ["--out_dir", out, "--resume_checkpoint", "latest", "--max_steps", 5]
+    refused(script("image_train", *argv), out, "another process is training")
+    assert {path: path.read_bytes() for path in out.glob("*.*")} == files
+    process.kill()
+    process.wait()
+    assert script("image_train", *argv)[0] == 0
+
+
+def test_evaluations_during_training_are_those_of_the_samples(slices, script, tmp_path):
+    """Of the average, drawn as image_sample.py draws them, against the training slices."""
+    out = tmp_path / "run"
+    argv = ["--data_dir", slices, *TRAIN, "--out_dir", out, "--max_steps", 5, "--log_interval", 2]
+    assert script("image_train", *argv, "--eval_interval", 5, "--eval_samples", 6)[0] == 0
+    rows = logger.read_progress(str(out / "progress.csv"))
+    assert [row["step"] for row in rows] == [2, 4, 5]
+    assert "loss" not in rows[2] and "eval_distance" not in rows[1]
+    found = {name: value for name, value in rows[2].items() if name.startswith("eval_")}
+
+    sample = ["--model_path", out / "ema_0.9_000005.pt", "--num_samples", 6]
+    assert script("image_sample", *sample, "--sample_dir", tmp_path / "samples")[0] == 0
+    samples = np.load(tmp_path / "samples/samples_6x32x32x2.npz")["arr_0"]
+    names = ["Seg", "T1CE"]
+    real = np.stack(
+        [
+            np.stack(
+                [
+                    np.asarray(Image.open(slices / name / f"Subject_001_slice_{i + 1}.png"))
+                    for name in names
+                ],
+                axis=-1,
+            )
+            for i in range(6)
+        ]
+    )
+    measured = validity.measure(samples, names)
+    flags = validity.check(measured, validity.calibrate(validity.measure(real, names)))
+    features = distribution.scale(distribution.features(real), distribution.features(samples))
+    expected = {
+        "eval_valid_share": 1 - flags.any().mean(),
+        "eval_broken_share": flags.broken(names).mean(),
+        "eval_background_level": validity.background_level(samples, names).mean(axis=0).max(),
+        "eval_off_code_share": validity.off_code_share(samples, names).mean(),
+        "eval_distance": distribution.kernel_distance(*features)["value"],
+    }
+    if not flags.broken(["Seg"]).all():
+        whole = ~flags.broken(["Seg"])
+        expected["eval_empty_mask_share"] = validity.empty_mask(samples, names)[whole].mean()
+    assert found == pytest.approx(expected, rel=1e-2, abs=1e-3)
+
+    again = ["--out_dir", out, "--resume_checkpoint", "latest", "--max_steps", 6]
+    assert script("image_train", *again)[0] == 0  # the interval is continued, too
+
+
+def test_numbers_that_explode_end_the_run_with_its_images_named(slices, script, tmp_path):
+    out = tmp_path / "run"
+    argv = ["--data_dir", slices, *TRAIN, "--out_dir", out, "--lr", 1e30, "--max_steps", 40]
+    result = script("image_train", *argv, "--max_skipped_steps", 3)
+    refused(result, "3 steps in a row", "not finite", "T1CE/Subject_001_slice_", "--grad_clip")
+    assert checkpoint.complete_steps(str(out))
+
+
 def test_contradictions_are_refused(trained, slices, script, tmp_path):
     model = trained / "model000004.pt"
     argv = ["--data_dir", slices, "--out_dir", tmp_path / "new", "--resume_checkpoint", model]
@@ -174,6 +314,11 @@ def test_contradictions_are_refused(trained, slices, script, tmp_path):
         (["--class_cond", "True", "--num_classes", 1], ["--num_classes 1", "2 classes"]),
         (["--num_classes", 2], ["--num_classes 2", "--class_cond False"]),
         (["--log_interval", 0], ["--log_interval 0"]),
+        (["--grad_clip", -1], ["--grad_clip -1"]),
+        (["--warmup_steps", -1], ["--warmup_steps -1"]),
+        (["--max_skipped_steps", 0], ["--max_skipped_steps 0"]),
+        (["--eval_samples", 2], ["--eval_samples 2"]),
+        (["--keep_checkpoints", 1], ["--keep_checkpoints 1"]),
         (["--schedule_sampler", "foo"], ["--schedule_sampler foo"]),
         (["--ema_rate", "2"], ["--ema_rate 2"]),
         (["--sample_respacing", "x"], ["x"]),

@@ -580,7 +580,7 @@ def test_optimizer_state_of_the_reference_is_read(tmp_path):
     assert_equal(resumed.opt.state_dict()["state"], loop.opt.state_dict()["state"])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_finishes_the_step_and_saves(tmp_path, number):
     def data():
         for i, batch in enumerate(batches()):
@@ -596,6 +596,236 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, number):
     assert signal.getsignal(number) is before
 
 
+def test_a_hangup_that_is_ignored_stays_ignored(tmp_path):
+    """As under nohup, when the terminal is closed."""
+
+    def data():
+        for i, batch in enumerate(batches()):
+            if i == 3:
+                os.kill(os.getpid(), signal.SIGHUP)
+            yield batch
+
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        loop = make(tmp_path, data=data(), max_steps=6)
+        assert loop.run_loop() is False
+        assert loop.step == 6
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def rates_of(loop, steps):
+    rates = []
+    for _ in range(steps):
+        loop.run_step(*next(loop.data))
+        rates.append(loop.opt.param_groups[0]["lr"])
+    return rates
+
+
+def test_the_learning_rate_warms_up(tmp_path):
+    rates = rates_of(make(tmp_path / "a", warmup_steps=4), 6)
+    assert rates == pytest.approx([0.0025, 0.005, 0.0075, 0.01, 0.01, 0.01])
+    rates = rates_of(make(tmp_path / "b", warmup_steps=2, lr_anneal_steps=4), 4)
+    assert rates == pytest.approx([0.005, 0.0075, 0.005, 0.0025])
+
+
+def test_gradients_are_clipped_to_the_norm(tmp_path):
+    """A fifth of the norm: a fifth of every gradient; twice the norm: nothing changes."""
+    plain = make(tmp_path / "a")
+    plain.run_step(*next(plain.data))
+    gradients = [p.grad.clone() for p in plain.params]
+    norm = torch.cat([g.flatten() for g in gradients]).norm().item()
+    for share in (0.2, 2.0):
+        loop = make(tmp_path / str(share), grad_clip=share * norm)
+        loop.run_step(*next(loop.data))
+        for parameter, gradient in zip(loop.params, gradients):
+            torch.testing.assert_close(parameter.grad, min(share, 1) * gradient, rtol=1e-4, atol=0)
+        loop.log_step()
+        (row,) = logger.read_progress(str(tmp_path / str(share) / "progress.csv"))
+        assert row["grad_norm"] == pytest.approx(norm)  # before the clipping
+
+
+def spoilt(steps, start=0):
+    """Batches of which those of some steps hold a NaN."""
+    for step, (batch, cond) in enumerate(batches(start=start), start):
+        if step in steps:
+            batch[2, 0, 1, 1] = math.nan
+        yield batch, cond
+
+
+def test_too_many_skipped_steps_end_the_run(tmp_path):
+    """The state is that of before, and saved; the message names the last step and its images."""
+    loop = make(
+        tmp_path,
+        data=spoilt({2, 4, 5, 6, 7}),
+        max_skipped_steps=4,
+        files_at=lambda begin, end: [f"{i}.png" for i in range(begin, end)],
+    )
+    with pytest.raises(ValueError, match=r"4 steps in a row .* not finite, up to step 8") as caught:
+        loop.run_loop()
+    assert "its images: 42.png, 43.png, 44.png, 45.png and 2 more" in str(caught.value)
+    assert "The state of step 8 is saved; lower --lr" in str(caught.value)
+    assert checkpoint.complete_steps(str(tmp_path)) == [8]
+    good = make(tmp_path / "good", data=spoilt({2}), max_steps=4)
+    good.run_loop()
+    own, expected = states(tmp_path, 8), states(tmp_path / "good", 4)
+    assert_equal(own["model000008.pt"], expected["model000004.pt"])
+    assert own["opt000008.pt"]["training"]["skipped"] == [5, 4]
+
+
+def test_skipped_steps_are_counted_in_the_log_and_over_a_continuation(tmp_path):
+    """Also a row of them that a continuation cuts in two."""
+    bad = {1, 3, 4, 5}
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    make(whole, data=spoilt(bad), max_steps=10).run_loop()
+    make(parts, data=spoilt(bad), max_steps=5).run_loop()
+    path = str(parts / "model000005.pt")
+    settings = {"resume_checkpoint": path, "max_steps": 10}
+    with pytest.raises(ValueError, match="3 steps in a row"):
+        make(parts, data=spoilt(bad, 5), max_skipped_steps=3, **settings).run_loop()
+    make(parts, data=spoilt(bad, 5), max_skipped_steps=4, **settings).run_loop()
+    rows = logger.read_progress(str(parts / "progress.csv"))
+    assert [(row["step"], row["skipped"]) for row in rows] == [(5, 3), (10, 4)]
+    assert (parts / "progress.csv").read_bytes() == (whole / "progress.csv").read_bytes()
+    assert_equal(states(parts, 10), states(whole, 10))
+
+
+def test_a_loss_that_is_not_finite_skips_the_step_too(tmp_path):
+    """Though its gradient is finite: the loss of one image is infinite by a constant."""
+    loop = make(tmp_path)
+    inner = loop.diffusion.training_losses
+
+    def infinite(*args, **kwargs):
+        losses = inner(*args, **kwargs)
+        shift = torch.zeros(len(losses["loss"]))
+        shift[0] = math.inf
+        return {**losses, "loss": losses["loss"] + shift}
+
+    before = [p.detach().clone() for p in loop.params]
+    loop.diffusion.training_losses = infinite
+    loop.run_step(*next(loop.data))
+    assert all(torch.equal(p, old) for p, old in zip(loop.params, before))
+    assert loop._skipped.total == 1
+
+
+def test_the_sampler_leaves_out_losses_that_are_not_finite(tmp_path):
+    loop = make(tmp_path, sampler=warm_sampler, data=spoilt({0}))
+    before = loop.schedule_sampler.state_dict()
+    loop.run_step(*next(loop.data))
+    assert_equal(loop.schedule_sampler.state_dict(), before)
+    loop.run_step(*next(loop.data))
+    assert not torch.equal(loop.schedule_sampler.state_dict()["history"], before["history"])
+
+
+def test_the_loss_scale_does_not_fall_below_1(tmp_path):
+    loop = make(tmp_path, use_fp16=True, data=spoilt(range(3, 20)), max_steps=12)
+    loop.scaler.load_state_dict({**loop.scaler.state_dict(), "scale": 8.0})
+    loop.run_loop()
+    state = checkpoint.load(str(tmp_path / "opt000012.pt"))["training"]
+    assert state["loss_scale"] == 1
+    assert state["skipped"] == [9, 9]
+
+
+def full_disk(monkeypatch, steps):
+    """No checkpoint can be written at these steps."""
+    save = checkpoint.save
+
+    def limited(content, path):
+        if any(path.endswith(f"model{step:06d}.pt") for step in steps):
+            raise OSError(f"cannot write {path}: No space left on device")
+        return save(content, path)
+
+    monkeypatch.setattr(checkpoint, "save", limited)
+
+
+def test_a_checkpoint_that_cannot_be_written_is_tried_again(tmp_path, monkeypatch):
+    """A tenth of the interval later; the run goes on."""
+    full_disk(monkeypatch, {20, 22})
+    make(tmp_path / "a", save_interval=20, max_steps=45, log_interval=100).run_loop()
+    assert checkpoint.complete_steps(str(tmp_path / "a")) == [24, 40, 45]
+    monkeypatch.undo()
+    make(tmp_path / "b", max_steps=45, log_interval=100).run_loop()
+    assert_equal(states(tmp_path / "a", 45), states(tmp_path / "b", 45))
+
+
+def test_a_last_checkpoint_that_cannot_be_written_is_an_error(tmp_path, monkeypatch):
+    full_disk(monkeypatch, {7})
+    message = r"cannot write .*model000007\.pt: No space left on device \(the newest .* step 5\)"
+    with pytest.raises(OSError, match=message):
+        make(tmp_path, save_interval=5, max_steps=7).run_loop()
+    assert checkpoint.complete_steps(str(tmp_path)) == [5]
+    assert not list(tmp_path.glob("*7.pt"))
+
+
+def test_a_folder_that_vanishes_for_a_while(tmp_path, monkeypatch):
+    """As a network drive does: nothing is written in its place, and no step or row is lost."""
+    run, hidden = tmp_path / "run", tmp_path / "hidden"
+    written = []
+
+    class Picture:
+        def write(self, model, path):
+            written.append(path)
+
+    def data():
+        for i, batch in enumerate(batches()):
+            if i == 17:
+                run.rename(hidden)
+            if i == 23:
+                assert not run.exists()
+                hidden.rename(run)
+            yield batch
+
+    settings = {"save_interval": 20, "max_steps": 30, "log_interval": 5}
+    make(run, data=data(), preview=Picture(), sample_interval=10, **settings).run_loop()
+    assert checkpoint.complete_steps(str(run)) == [24, 30]
+    assert [os.path.basename(path) for path in written] == ["step000010.png", "step000030.png"]
+    make(tmp_path / "b", **settings).run_loop()
+    assert (run / "progress.csv").read_bytes() == (tmp_path / "b/progress.csv").read_bytes()
+    assert_equal(states(run, 30), states(tmp_path / "b", 30))
+
+
+def test_old_checkpoints_are_thinned_out(tmp_path):
+    make(tmp_path, save_interval=2, max_steps=16, keep_checkpoints=4).run_loop()
+    assert checkpoint.complete_steps(str(tmp_path)) == [4, 8, 14, 16]
+    assert len(list(tmp_path.glob("*.pt"))) == 4 * 4
+    for keep in (-1, 1):
+        with pytest.raises(ValueError, match=f"--keep_checkpoints {keep}: give 0"):
+            make(tmp_path / "new", keep_checkpoints=keep)
+
+
+def test_a_run_that_was_killed_before_its_first_checkpoint_begins_anew(tmp_path):
+    settings = {"max_steps": 12, "save_interval": 10}
+    make(tmp_path / "whole", **settings).run_loop()
+    run = tmp_path / "run"
+    loop = make(run, **settings)
+    for _ in range(5):
+        loop.run_step(*next(loop.data))
+    loop.log_step()
+    for name in ("opt000010.pt", "model000010.pt.partial"):
+        (run / name).write_text("half")
+    with pytest.raises(ValueError, match="already holds a run"):
+        make(run, **settings)
+    make(run, restart=True, **settings).run_loop()
+    assert_equal(states(run, 12), states(tmp_path / "whole", 12))
+    assert (run / "progress.csv").read_bytes() == (tmp_path / "whole/progress.csv").read_bytes()
+    assert sorted(os.listdir(run / "superseded")) == ["opt000010.pt", "progress.csv"]
+    assert not list(run.glob("*.partial"))
+
+
+def test_equal_runs_write_equal_files(tmp_path):
+    """To the last byte, also one that was continued."""
+    settings = {"flags": {"a": "uniform", "b": "uniform"}, "metadata": {"c": ["Seg", "Seg"]}}
+    make(tmp_path / "whole", max_steps=9, **settings).run_loop()
+    make(tmp_path / "parts", max_steps=4, **settings).run_loop()
+    path = str(tmp_path / "parts/model000004.pt")
+    text = "".join(["uni", "form"])
+    settings["flags"] = {"a": text, "b": text}
+    make(tmp_path / "parts", start=4, max_steps=9, resume_checkpoint=path, **settings).run_loop()
+    for name in states(tmp_path / "whole", 9):
+        assert (tmp_path / "parts" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
 def test_a_file_that_goes_bad_costs_nothing(tmp_path):
     def data():
         yield from (next(batches(start=i)) for i in range(3))
@@ -604,6 +834,43 @@ def test_a_file_that_goes_bad_costs_nothing(tmp_path):
     with pytest.raises(ValueError, match=r"slice\.png"):
         make(tmp_path, data=data()).run_loop()
     assert checkpoint.complete_steps(str(tmp_path)) == [3]
+
+
+def test_a_killed_worker_of_the_loader_costs_nothing(tmp_path):
+    def data():
+        yield from (next(batches(start=i)) for i in range(3))
+        raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")
+
+    with pytest.raises(OSError, match="a process that decodes images was killed: DataLoader worke"):
+        make(tmp_path, data=data()).run_loop()
+    assert checkpoint.complete_steps(str(tmp_path)) == [3]
+
+
+def test_memory_that_runs_out_costs_nothing(tmp_path):
+    loop = make(tmp_path, max_steps=9)
+    inner = loop.diffusion.training_losses
+
+    def limited(*args, **kwargs):
+        if loop.step == 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return inner(*args, **kwargs)
+
+    loop.diffusion.training_losses = limited
+    with pytest.raises(torch.OutOfMemoryError):
+        loop.run_loop()
+    make(tmp_path / "b", max_steps=4).run_loop()
+    assert_equal(states(tmp_path, 4), states(tmp_path / "b", 4))
+
+
+def test_a_preview_that_cannot_be_written_is_left_out(tmp_path, capsys):
+    class Full:
+        def write(self, model, path):
+            raise OSError(f"cannot write {path}: No space left on device")
+
+    loop = make(tmp_path, max_steps=3, preview=Full(), sample_interval=2)
+    logger.configure(str(tmp_path), ["stdout"])
+    assert loop.run_loop() is False
+    assert "the preview is left out: cannot write" in capsys.readouterr().out
 
 
 def test_data_that_ends(tmp_path):

@@ -233,10 +233,10 @@ def test_classes_of_pictures_are_their_sorted_names(tmp_path):
 
 @pytest.mark.parametrize("write", [write_slices, write_pictures])
 @pytest.mark.parametrize("num_workers", [0, 1])
-def test_seed_and_start_batch_decide_the_order(tmp_path, write, num_workers):
+def test_seed_and_start_decide_the_order(tmp_path, write, num_workers):
     data = find(write(tmp_path))
     own_order = [10, 20, 30, 100] if data.channels else [0, 10, 20, 30]
-    batches = data.batches(2, 4, seed=5, start_batch=1, num_workers=num_workers)
+    batches = data.batches(2, 4, seed=5, start=2, num_workers=num_workers)
     got = [levels_of(next(batches)[0])[:, -1, 0, 0].tolist() for _ in range(3)]
     orders = [np.random.default_rng((5, epoch)).permutation(4).tolist() for epoch in (0, 1)]
     expected = [orders[0][2:], orders[1][:2], orders[1][2:]]
