@@ -1,4 +1,4 @@
-# make demo     phantom patients -> slices -> training -> samples and pictures, in demo/
+# make demo     phantom patients -> slices -> training -> samples, pictures, report, in demo/
 # make test     all tests
 # make soak     a training is killed 300 times, on two processes 30 times; a quarter of an hour
 # make lint     style and lint
@@ -29,8 +29,9 @@ DEMO = demo
 DEMO_STEPS = 750
 DEMO_MODEL = $(DEMO)/run/ema_0.99_000$(DEMO_STEPS).pt
 
-demo: $(DEMO)/grid.png $(DEMO)/loss.png
-	@echo "Look at $(DEMO)/grid.png (real beside synthetic), $(DEMO)/samples and $(DEMO)/loss.png"
+demo: $(DEMO)/grid.png $(DEMO)/loss.png $(DEMO)/evaluation
+	@echo "Look at $(DEMO)/grid.png (real beside synthetic), $(DEMO)/samples, $(DEMO)/loss.png"
+	@echo "and $(DEMO)/evaluation/report.html"
 
 $(DEMO)/cases: | $(READY)
 	$(RUN) scripts/brats_phantom.py --out_dir $@.making --patients 16 --seed 0
@@ -57,6 +58,9 @@ $(DEMO)/grid.png: | $(DEMO)/samples
 
 $(DEMO)/loss.png: | $(DEMO)/samples
 	$(RUN) scripts/figures.py loss --progress $(DEMO)/run/progress.csv --out $@
+
+$(DEMO)/evaluation: | $(DEMO)/samples
+	$(RUN) scripts/image_eval.py --real $(DEMO)/slices --samples $(DEMO)/samples --out_dir $@
 
 lint: $(READY)
 	$(RUN) -m ruff check .

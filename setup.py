@@ -35,6 +35,17 @@ setup(
         "mpi": ["mpich"],
         # Solvers are tested against its schedulers.
         "peers": ["diffusers>=0.30"],
-        "test": ["matplotlib>=3.10", "pytest>=7.4", "pytest-xdist>=3.3", "ruff==0.17.6"],
+        # segmentation_eval.py's network, losses, metrics and test.
+        "eval": ["monai>=1.3", "scipy>=1.11", "matplotlib>=3.10"],
+        "test": [
+            "hypothesis>=6.100",
+            "matplotlib>=3.10",
+            "monai>=1.3",
+            "mpich",
+            "pytest>=7.4",
+            "pytest-xdist>=3.3",
+            "ruff==0.17.6",
+            "scipy>=1.11",
+        ],
     },
 )

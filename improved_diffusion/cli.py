@@ -8,7 +8,7 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import TypeVar
@@ -66,9 +66,9 @@ def _shows_traceback() -> bool:
     return os.environ.get(TRACEBACK_VARIABLE, "0") not in ("", "0")
 
 
-def command_line(argv: list[str]) -> str:
-    """``argv`` as it is typed."""
-    return shlex.join(["python", *argv])
+def command_line(argv: Sequence[str], launcher: Sequence[str] = ("python",)) -> str:
+    """``argv`` as it is typed, behind the program that runs it."""
+    return shlex.join([*launcher, *argv])
 
 
 class Stopped(BaseException):

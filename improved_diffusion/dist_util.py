@@ -181,6 +181,15 @@ def world_size() -> int:
     return dist.get_world_size() if _in_group() else 1
 
 
+def launcher() -> list[str]:
+    """The words before a script's name that start as many processes of it on one machine."""
+    if world_size() == 1:
+        return ["python"]
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return ["torchrun", "--standalone", f"--nproc_per_node={world_size()}"]
+    return ["mpiexec", "-n", str(world_size()), "python"]
+
+
 def barrier() -> None:
     """Wait until every process of the group is here; alone, go on.
 

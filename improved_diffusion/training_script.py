@@ -460,4 +460,4 @@ def continue_command(argv: Sequence[str]) -> str:
         if word.startswith("--resume_checkpoint="):
             del words[i]
             break
-    return cli.command_line([*words, "--resume_checkpoint", "latest"])
+    return cli.command_line([*words, "--resume_checkpoint", "latest"], dist_util.launcher())

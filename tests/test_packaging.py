@@ -51,6 +51,8 @@ def number_or_text(text):
         ("image_train", "Training"),
         ("image_sample", "Sampling"),
         ("image_nll", "Likelihood"),
+        ("image_eval", "Are the samples any good?"),
+        ("segmentation_eval", "Does it help?"),
         ("super_res_train", "Training"),
         ("super_res_sample", ""),
         ("brats_prepare", "Your BraTS data in five commands"),

@@ -198,6 +198,7 @@ def test_sigterm_to_torchrun_saves_and_the_run_goes_on(undisturbed, slices, tmp_
     wait_for(lambda: not soak.children_of(run), seconds=20)
     output = run.with_suffix(".txt").read_text()
     assert output.count("SIGTERM: finishing this step") == 1
+    assert "continue with: torchrun --standalone --nproc_per_node=2 /" in output
     assert "--resume_checkpoint latest" in output
     assert checkpoint.complete_steps(str(run))[-1] >= soak.last_row(run)
     assert train(slices, run, "--max_steps", "24").returncode == 0
