@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from improved_diffusion import checkpoint, logger, training_script
+from improved_diffusion import checkpoint, training_script
 from improved_diffusion.batches import EpochBatches
 
 assert training_script  # loaded once, not in every fork
@@ -38,7 +39,8 @@ FLAGS = (
     "--attention_resolutions 8 --num_heads 1 --diffusion_steps 20 --dropout 0.1 "
     "--schedule_sampler loss-second-moment --ema_rate 0.9,0.99 --batch_size 4 --lr 1e-3 "
     f"--warmup_steps 20 --grad_clip 1 --save_interval {SAVE_INTERVAL} "
-    f"--log_interval {LOG_INTERVAL} --sample_interval 0 --resume_checkpoint latest"
+    f"--log_interval {LOG_INTERVAL} --keep_checkpoints 4 --sample_interval 0 --eval_interval 0 "
+    "--resume_checkpoint latest"
 ).split()
 ASKING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
@@ -85,6 +87,7 @@ class Training:
 
     def __init__(self, slices: Path, run: Path, steps: int, processes: int, workers: int) -> None:
         self.run = run
+        self.left_over = self._partial()
         argv = [SCRIPT, "--data_dir", str(slices), "--out_dir", str(run), *FLAGS]
         argv += ["--max_steps", str(steps), "--num_workers", str(workers)]
         with open(run.with_suffix(".txt"), "ab") as output:
@@ -133,8 +136,16 @@ class Training:
             time.sleep(0.01)
         return status
 
+    def _partial(self) -> set[tuple[str, int]]:
+        found = set()
+        for path in self.run.glob("*.partial"):
+            with suppress(FileNotFoundError):
+                found.add((path.name, path.stat().st_ino))
+        return found
+
     def saves(self) -> bool:
-        return any(self.run.glob("*.partial"))
+        """Whether a checkpoint is being written, beside what an earlier start has left."""
+        return bool(self._partial() - self.left_over)
 
 
 def children_of(run: Path) -> list[int]:
@@ -156,9 +167,11 @@ def newest_step(run: Path) -> int:
 
 
 def last_row(run: Path) -> int:
+    """The step of the last complete row of the log."""
     path = run / "progress.csv"
-    rows = logger.read_progress(str(path)) if path.exists() else []
-    return int(rows[-1]["step"]) if rows else 0
+    text = path.read_text() if path.exists() else ""
+    header, *rows = text[: text.rfind("\n") + 1].splitlines() or [""]
+    return int(rows[-1].split(",")[header.split(",").index("step")]) if rows else 0
 
 
 def wait_for_a_moment(training: Training, rng: random.Random, moment: str, start: float) -> None:
@@ -166,7 +179,7 @@ def wait_for_a_moment(training: Training, rng: random.Random, moment: str, start
     before = newest_step(training.run)
     target = before + rng.randrange(2 * SAVE_INTERVAL)
     pause = 0.0005 if moment == "saving" else 0.005
-    until = time.monotonic() + (rng.uniform(0, start) if moment == "start" else 60)
+    until = time.monotonic() + (rng.uniform(0, start) if moment == "start" else 10)
     while training.is_running() and time.monotonic() < until:
         if moment == "saving" and training.saves():
             time.sleep(rng.choice([0, 0, 0.001, 0.003]))
