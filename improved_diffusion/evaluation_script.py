@@ -306,7 +306,8 @@ def _evaluate(
         sheet = pictures.flagged_sheet(samples, channels, flags.reasons)
         figures.save_grid(sheet, str(folder / "flagged.png"))
         caption = f"The first of the {int(flags.any().sum())} samples with a flag."
-        sections[-1] = ("Validity", sections[-1][1] + _shown(folder / "flagged.png", caption))
+        text = _shown(folder / "flagged.png", caption) + report.flagged_table(flags.reasons)
+        sections[-1] = ("Validity", sections[-1][1] + text)
 
     sets = [len(real), len(samples), *([min(len(train), len(samples))] if train else [])]
     with _counting(distribution.passes(sets, channels), "features") as count:

@@ -260,6 +260,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=1)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup's would be the trainings', too
     with tempfile.TemporaryDirectory() as folder:
         report = disturb(
             Path(folder),

@@ -130,7 +130,7 @@ def test_shuffled_channels_are_caught_by_their_agreement(run, tmp_path):
     assert found["validity"]["samples"]["channel_agreement"]["high"] < 0.95
     assert set(shares(found)) <= {"channels_disagree", "mask_outside"}
     assert shares(found)["channels_disagree"]["images"] > 0.1
-    before = run("--samples", write_samples(tmp_path / "before", slices_of((6, 7))), out="before")
+    before = run("--samples", write_samples(tmp_path / "sound", slices_of((6, 7))), out="b")
     for channel in CHANNELS:
         assert distance(found, channel) == pytest.approx(distance(before, channel), rel=1e-6)
     assert copied(found) < 0.1
@@ -191,6 +191,7 @@ def test_the_page_holds_its_pictures(run, tmp_path):
     assert [base64.b64decode(data) for _, data in found] == pictures
     assert "http" not in page.replace("http-equiv", "")
     assert "<td>constant: FLAIR</td><td>3.12 % [0.554 %, 15.7 %]</td>" in page
+    assert "<tr><td>0</td><td>FLAIR</td><td>constant</td><td>levels between" in page
     assert not (tmp_path / "out.partial").exists()
 
 

@@ -588,12 +588,18 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path, number):
                 os.kill(os.getpid(), number)
             yield batch
 
-    before = signal.getsignal(number)
-    loop = make(tmp_path, data=data(), max_steps=100)
-    assert loop.run_loop() is True
-    assert loop.step == 4
-    assert checkpoint.complete_steps(str(tmp_path)) == [4]
-    assert signal.getsignal(number) is before
+    def handler(*_):
+        raise AssertionError("not while training")
+
+    before = signal.signal(number, handler)  # nohup and & ignore some
+    try:
+        loop = make(tmp_path, data=data(), max_steps=100)
+        assert loop.run_loop() is True
+        assert loop.step == 4
+        assert checkpoint.complete_steps(str(tmp_path)) == [4]
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, before)
 
 
 def test_a_hangup_that_is_ignored_stays_ignored(tmp_path):

@@ -23,6 +23,8 @@ pre { background: #f5f5f5; padding: 1em; overflow-x: auto; }
 .note { color: #555; }
 """
 
+MOST_LISTED = 200
+
 LABELS = dict(zip(MASK_CODES[1:], ("necrotic core", "oedema", "enhancing tumour")))
 
 FLAGS = {
@@ -100,6 +102,26 @@ def validity_rows(samples: dict[str, Any], real: dict[str, Any]) -> list[tuple[R
         ((what, number(own, percent), number(other, percent)), differs(own, other))
         for what, own, other, percent in rows
     ]
+
+
+def flagged_table(reasons: Sequence[dict[str, Any]]) -> str:
+    """The first :data:`MOST_LISTED` flags, see :class:`.validity.Flags`, as an HTML table."""
+    header = ("sample", "channel", "flag", "measure", "value", "limit")
+    rows = [
+        (
+            str(reason["index"]),
+            reason["channel"],
+            reason["reason"],
+            reason["measure"],
+            f"{reason['value']:.4g}",
+            f"{reason['limit']:.4g}",
+        )
+        for reason in reasons[:MOST_LISTED]
+    ]
+    text = table(header, [(row, False) for row in rows])
+    if len(reasons) > MOST_LISTED:
+        text += paragraph(f"{len(reasons) - MOST_LISTED} more are in evaluation.json.", note=True)
+    return text
 
 
 def distribution_rows(found: dict[str, Any]) -> list[tuple[Row, bool]]:
