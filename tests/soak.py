@@ -88,6 +88,8 @@ class Training:
     def __init__(self, slices: Path, run: Path, steps: int, processes: int, workers: int) -> None:
         self.run = run
         self.left_over = self._partial()
+        # Rows past the checkpoint stand there until the training has started.
+        self.done_before = max(newest_step(run), last_row(run))
         argv = [SCRIPT, "--data_dir", str(slices), "--out_dir", str(run), *FLAGS]
         argv += ["--max_steps", str(steps), "--num_workers", str(workers)]
         with open(run.with_suffix(".txt"), "ab") as output:
@@ -176,8 +178,7 @@ def last_row(run: Path) -> int:
 
 def wait_for_a_moment(training: Training, rng: random.Random, moment: str, start: float) -> None:
     """Come back at a random moment of a kind, or when the training has ended."""
-    before = newest_step(training.run)
-    target = before + rng.randrange(2 * SAVE_INTERVAL)
+    target = training.done_before + 1 + rng.randrange(2 * SAVE_INTERVAL)
     pause = 0.0005 if moment == "saving" else 0.005
     until = time.monotonic() + (rng.uniform(0, start) if moment == "start" else 10)
     while training.is_running() and time.monotonic() < until:
@@ -205,7 +206,6 @@ def disturb(folder: Path, *, kills: int, seed: int, steps: int, processes: int =
 
     run = folder / "disturbed"
     while report.kills < kills and newest_step(run) < steps:
-        before = newest_step(run)
         training = start("disturbed")
         moment = rng.choice(["start", "saving", "saving", "saving", "step", "step"])
         wait_for_a_moment(training, rng, moment, start=0.5 if processes == 1 else 8)
@@ -218,7 +218,7 @@ def disturb(folder: Path, *, kills: int, seed: int, steps: int, processes: int =
         asked = moment == "step" and rng.random() < 0.4
         saving = training.saves()
         # Before its first step a run has nothing to save, and a signal just ends it.
-        stepped = last_row(run) > before
+        stepped = last_row(run) > training.done_before
         status = training.end(rng.choice(ASKING) if asked else signal.SIGKILL)
         _, damaged = checkpoint.find_resume_checkpoint("latest", str(run))
         report.wrong += damaged
