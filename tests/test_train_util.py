@@ -8,18 +8,14 @@ from torch import nn
 
 from improved_diffusion import checkpoint, logger, train_util
 from improved_diffusion.cost import training_cost
+from improved_diffusion.meters import LossMeter
 from improved_diffusion.resample import LossSecondMomentResampler
 from improved_diffusion.script_util import (
     create_gaussian_diffusion,
     create_model_and_diffusion,
     model_and_diffusion_defaults,
 )
-from improved_diffusion.train_util import (
-    LossMeter,
-    TrainLoop,
-    parse_ema_rates,
-    parse_microbatch,
-)
+from improved_diffusion.train_util import TrainLoop, parse_ema_rates, parse_microbatch
 
 STEPS = 20
 
