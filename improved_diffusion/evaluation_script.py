@@ -448,7 +448,11 @@ def _overview(found: dict[str, Any]) -> str:
     text += "as in training. "
     if made.get("checkpoint"):
         text += f"Drawn from {made['checkpoint']}, step {made.get('step')}. "
-    text += "Brackets hold 95 % intervals; coloured rows differ by more than these."
+    text += (
+        "Brackets hold 95 % intervals; coloured rows differ by more than these. Slices of one "
+        "patient are alike, which the intervals do not know: with few real patients small "
+        "differences mean little."
+    )
     header = ("set", "slices", "patients", "path")
     return report.paragraph(text) + report.table(header, [(row, False) for row in rows])
 
