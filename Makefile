@@ -1,6 +1,6 @@
 # make demo     phantom patients -> slices -> training -> samples, pictures, report, in demo/
 # make test     all tests
-# make soak     a training is killed 300 times, on two processes 30 times; a quarter of an hour
+# make soak     a training is killed 300 times, on two processes 30 times; about 20 minutes
 # make lint     style and lint
 # make venv     only the virtual environment, which the other targets make by themselves
 #
