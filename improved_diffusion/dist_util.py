@@ -26,8 +26,6 @@ T = TypeVar("T")
 
 # How many processes there are, as torchrun, Open MPI's and MPICH's mpiexec tell each of them.
 SIZE_VARIABLES = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
-# And which of those on its machine it is.
-LOCAL_VARIABLES = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "MPI_LOCALRANKID")
 
 # Processes start together, but may get done days apart.
 _START, _WORK = timedelta(minutes=5), timedelta(days=30)
@@ -301,7 +299,7 @@ def dev() -> th.device:
         return th.device("cpu")
     if world_size() == 1:
         return th.device("cuda:0")
-    local = next((int(os.environ[name]) for name in LOCAL_VARIABLES if name in os.environ), rank())
+    local = int(os.environ.get("LOCAL_RANK", rank()))
     return th.device(f"cuda:{local % th.cuda.device_count()}")
 
 

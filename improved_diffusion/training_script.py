@@ -151,7 +151,10 @@ def _train(flags: dict[str, Any], given: dict[str, Any], super_res: bool, held: 
         dist_util.on_first(take_folder)
     asked = flags["resume_checkpoint"]
     if int(os.environ.get(RESTARTS_VARIABLE, 0)):
-        asked = "latest"  # torchrun starts the same command again after a failure
+        # torchrun starts the same command again. Before the first checkpoint in this folder a run
+        # that was given one of another folder is not to begin without it.
+        saved = dist_util.on_first(lambda: checkpoint.complete_steps(out_dir))
+        asked = "latest" if saved or not asked else asked
     resume, damaged = dist_util.on_first(lambda: checkpoint.find_resume_checkpoint(asked, out_dir))
     loaded, step, before = None, 0, {}
     if resume:

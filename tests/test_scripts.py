@@ -190,6 +190,21 @@ def test_a_run_begins_anew_where_nothing_was_saved(slices, script, tmp_path):
     assert (out / "superseded" / "progress.csv").read_text() == "loss,step\n0.5,1\n"
 
 
+def test_a_restart_does_not_forget_where_the_run_began(
+    trained, slices, script, tmp_path, monkeypatch
+):
+    """torchrun repeats the command line: from the folder's own checkpoint, once there is one."""
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    out = tmp_path / "run"
+    argv = ["--data_dir", slices, *TRAIN, "--out_dir", out, "--save_interval", 1]
+    argv += ["--resume_checkpoint", trained / "model000004.pt"]
+    assert "at step 4" in script("image_train", *argv, "--max_steps", 5)[1]
+    assert "at step 5" in script("image_train", *argv, "--max_steps", 6)[1]
+    for path in out.glob("*.pt"):
+        path.unlink()
+    refused(script("image_train", *argv, "--max_steps", 6), out, "already holds a run")
+
+
 def test_the_disk_need_is_told_at_the_start(slices, script, tmp_path, monkeypatch):
     """Of 2 channels, 32 wide: 318,692 parameters, an average and two moments, 4 bytes each."""
     room = 10**9

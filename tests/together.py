@@ -4,23 +4,17 @@ import sys
 from pathlib import Path
 
 import torch
+import untrained
 
 from improved_diffusion import dist_util, logger
 from improved_diffusion.resample import LossSecondMomentResampler
-from improved_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
+from improved_diffusion.script_util import create_model_and_diffusion
 from improved_diffusion.train_util import TrainLoop
 
 IMAGES, STEPS, TIMESTEPS = 8, 4, 20
 UNEVEN = ([0, 3], [3, 8])  # which of a batch's images each process has
 FLAGS = {
-    **model_and_diffusion_defaults(),
-    "in_channels": 2,
-    "image_size": 16,
-    "num_channels": 32,
-    "num_res_blocks": 1,
-    "channel_mult": "1,1",
-    "attention_resolutions": "8",
-    "num_heads": 1,
+    **untrained.FLAGS,
     "diffusion_steps": TIMESTEPS,
     "class_cond": True,
     "num_classes": 3,
