@@ -90,6 +90,17 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
+# Ways to train, for a network of any size: flags of the process and of the training. docs/recipe.md
+# tells how they were found.
+RECIPES: dict[str, dict[str, Any]] = {
+    "brats": {
+        "predict_v": True,
+        "learn_sigma": False,
+        "sigma_small": True,
+        "noise_schedule": "cosine",
+    },
+}
+
 
 def parse_numbers(flag: str, text: str, kind: type) -> tuple[Any, ...]:
     """``"16,8"`` -> (16, 8): the numbers of a flag, of the type ``kind``.
@@ -189,15 +200,24 @@ def _input_blocks(shapes: Shapes) -> list[str]:
     return [f"input_blocks.{number}" for number in range(count)]
 
 
-def preset_flags(name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
-    """All model flags of a preset.
+def known_presets(defaults: Mapping[str, Any]) -> list[str]:
+    """Names of the presets and recipes for a script that has the model flags ``defaults``."""
+    recipes = RECIPES if "image_size" in defaults else {}
+    published = [name for name, flags in PRESETS.items() if flags.keys() <= defaults.keys()]
+    return [*published, *recipes]
 
-    :param defaults: the model flags of the script that asks, with their defaults.
+
+def preset_flags(name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """All model flags of a published model; of a recipe those of ``defaults`` that it names.
+
+    :param defaults: the flags of the script that asks, with their defaults.
     :raises ValueError: an unknown preset, or one for the other kind of network.
     """
-    known = [own for own, flags in PRESETS.items() if flags.keys() <= defaults.keys()]
+    known = known_presets(defaults)
     if name not in known:
         raise ValueError(f"--preset {name}: this script's presets are {', '.join(known)}")
+    if name in RECIPES:
+        return {flag: value for flag, value in RECIPES[name].items() if flag in defaults}
     return {**defaults, **PRESETS[name]}
 
 
@@ -215,13 +235,16 @@ def complete_flags(
     :param defaults: all model flags with their defaults; those with a ``large_size`` belong to a
         super-resolution network.
     :param preset: the published model that the file is said to be; ``none``: it is not one of
-        them, though its shapes may be the same; empty: nothing was said. Then a file that has a
-        published model's shapes must not contradict it.
+        them, though its shapes may be the same; a recipe: it is none either, and was trained in
+        that way; empty: nothing was said. Then a file that has a published model's shapes must not
+        contradict it.
     :raises ValueError: for a flag that contradicts the shapes or the preset, naming both values,
         and for flags that are missing.
     """
     size_flag = "large_size" if "large_size" in defaults else "image_size"
     own = flags_from_shapes(shapes, path, super_res=size_flag == "large_size")
+    if preset in RECIPES:
+        given, preset = {**preset_flags(preset, defaults), **given}, NO_PRESET
     published: dict[str, Any] = {}
     named_preset = preset not in ("", NO_PRESET)
     if named_preset:

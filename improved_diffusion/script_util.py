@@ -11,8 +11,9 @@ from improved_diffusion import __version__, brats, checkpoint, dist_util, schedu
 from improved_diffusion.architecture import (
     CHANNEL_MULT,
     NO_PRESET,
-    PRESETS,
+    RECIPES,
     complete_flags,
+    known_presets,
     parse_numbers,
     preset_flags,
 )
@@ -525,12 +526,16 @@ def script_parser(
         "network and process", "A checkpoint's own values count where there is one."
     )
     model_flags = sr_model_and_diffusion_defaults() if super_res else model_and_diffusion_defaults()
-    presets = [name for name, own in PRESETS.items() if own.keys() <= model_flags.keys()]
+    presets = known_presets(model_flags)
+    published = ", ".join(name for name in presets if name not in RECIPES)
+    recipes = ", ".join(
+        f"{name}, a recipe for BraTS slices; " for name in presets if name in RECIPES
+    )
     group.add_argument(
         "--preset",
         default="",
         metavar="NAME",
-        help=f"the flags of a published model: {', '.join(presets)}; {NO_PRESET}: a checkpoint "
+        help=f"{recipes}the flags of a published model: {published}; {NO_PRESET}: a checkpoint "
         "without flags is not one of these",
     )
     add_dict_to_argparser(group, model_flags)

@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import default_collate
 
 from improved_diffusion import __version__, checkpoint, cli, dist_util, logger
-from improved_diffusion.architecture import NO_PRESET, preset_flags
+from improved_diffusion.architecture import NO_PRESET, RECIPES, preset_flags
 from improved_diffusion.cost import free_memory, largest_microbatch, training_cost
 from improved_diffusion.evaluation.in_training import Evaluation
 from improved_diffusion.fp16_util import allow_tf32, choose_precision, precision_name
@@ -164,8 +164,10 @@ def _train(flags: dict[str, Any], given: dict[str, Any], super_res: bool, held: 
         saved = before.get("flags", {})
         kept = {name: value for name, value in saved.items() if name not in NOT_CONTINUED}
         flags = {**flags, **kept, **given, **loaded.flags}
-    elif flags["preset"] not in ("", NO_PRESET):
-        flags = {**flags, **preset_flags(flags["preset"], model_flags_of(flags)), **given}
+    elif (preset := flags["preset"]) not in ("", NO_PRESET):
+        # A recipe sets flags of the training, too.
+        defaults = flags if preset in RECIPES and not super_res else model_flags_of(flags)
+        flags = {**flags, **preset_flags(preset, defaults), **given}
     args = argparse.Namespace(**flags)
     size = args.large_size if super_res else args.image_size
     low_res_size = args.small_size if super_res else None

@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from improved_diffusion import checkpoint
-from improved_diffusion.architecture import PRESETS, complete_flags, flags_from_shapes, preset_flags
+from improved_diffusion.architecture import (
+    NOT_IN_SHAPES,
+    PRESETS,
+    RECIPES,
+    complete_flags,
+    flags_from_shapes,
+    known_presets,
+    preset_flags,
+)
 from improved_diffusion.script_util import (
     create_model_and_diffusion,
     load_model_and_diffusion,
@@ -88,6 +96,18 @@ def test_processes_of_the_presets():
         "lsun_bedroom": (1000, "linear", False, 1),
         "upsampler": (4000, "linear", False, 4),
     }
+
+
+def test_a_recipe_sets_what_it_names_and_no_more():
+    defaults = {**model_and_diffusion_defaults(), "lr": 1e-4, "data_dir": ""}
+    recipe = preset_flags("brats", defaults)
+    assert recipe == RECIPES["brats"]
+    assert recipe["predict_v"] and not recipe["learn_sigma"]
+    # Sizes and widths depend on the user's images and card.
+    assert not recipe.keys() & {"image_size", "num_channels", "in_channels", "channel_mult"}
+    model_flags = model_and_diffusion_defaults()
+    assert preset_flags("brats", model_flags).keys() == recipe.keys() & model_flags.keys()
+    assert "brats" not in known_presets(sr_model_and_diffusion_defaults())
 
 
 def test_what_shapes_cannot_tell_is_asked_for_by_name(published):
@@ -266,6 +286,21 @@ def test_a_preset_must_agree_with_an_own_checkpoint(bare, tmp_path):
     checkpoint.save(checkpoint.with_metadata(model.state_dict(), {"flags": flags}), path)
     with pytest.raises(ValueError, match=r"--preset cifar10 contradicts .* --num_channels 32"):
         load_model_and_diffusion(path, {"preset": "cifar10"})
+
+
+def test_a_recipe_must_agree_with_an_own_checkpoint_and_completes_a_bare_one(bare, tmp_path):
+    recipe = preset_flags("brats", model_and_diffusion_defaults())
+    path, model, flags = bare(**recipe)
+    named = {name: flags[name] for name in NOT_IN_SHAPES if name in flags and name not in recipe}
+    loaded = load_model_and_diffusion(path, {"preset": "brats", **named})
+    assert loaded.flags.items() >= recipe.items()
+    own = str(tmp_path / "own.pt")
+    checkpoint.save(checkpoint.with_metadata(model.state_dict(), {"flags": flags}), own)
+    assert load_model_and_diffusion(own, {"preset": "brats"}).flags.items() >= recipe.items()
+    other = checkpoint.with_metadata(model.state_dict(), {"flags": {**flags, "predict_v": False}})
+    checkpoint.save(other, own)
+    with pytest.raises(ValueError, match=r"--preset brats contradicts .* with --predict_v False"):
+        load_model_and_diffusion(own, {"preset": "brats"})
 
 
 def test_guided_diffusion_is_refused_by_name(bare):
