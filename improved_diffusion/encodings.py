@@ -106,18 +106,19 @@ class MaskEncoding:
     def decode(self, encoded: torch.Tensor) -> torch.Tensor:
         """What the network draws, [N, C', H, W] -> images [N, C, H, W].
 
-        The mask holds the codes of the nearest codewords (of ``sdf``: of the label that is deepest
-        inside, the background where none is); in ``grey`` it stays as it is.
+        The mask holds the codes of the nearest codewords, of equally near ones the lower code (of
+        ``sdf``: the label that is deepest inside); in ``grey`` it stays as it is.
         """
         if self.name == GREY:
             return encoded
         before, planes, after = self._parts(encoded, len(_SUFFIXES[self.name]))
-        # All codewords have one length, so the nearest has the largest product.
-        words = _CODEWORDS[ONE_HOT if self.name == SDF else self.name]
-        products = [
-            (planes * planes.new_tensor(word).reshape(-1, 1, 1)).sum(dim=1) for word in words
-        ]
-        labels = torch.stack(products, dim=1).argmax(dim=1, keepdim=True)  # [N, 1, H, W]
+        # [N, 1, H, W]
+        if self.name == BITS:
+            high, low = (planes > 0).long().chunk(2, dim=1)
+            labels = 2 * high + low
+        else:
+            largest, index = planes.max(dim=1, keepdim=True)
+            labels = torch.where(largest > 0, index + 1, 0)
         codes = planes.new_tensor(_CODEWORDS[GREY]).flatten()
         return torch.cat([before, codes[labels], after], dim=1)
 

@@ -96,15 +96,17 @@ def test_names_and_widths():
     assert MaskEncoding("bits", ["Seg"]).width == 2
 
 
-def test_refused():
-    with pytest.raises(ValueError, match="--mask_encoding bits needs Seg among --channels, not T1"):
-        MaskEncoding("bits", ["T1"])
-    with pytest.raises(
-        ValueError, match="--mask_encoding sdf needs Seg among --channels, not ordinary pictures"
-    ):
-        MaskEncoding("sdf", [], 3)
-    with pytest.raises(ValueError, match="--mask_encoding gray: choose from grey, onehot, bits"):
-        MaskEncoding("gray", CHANNELS)
+@pytest.mark.parametrize(
+    ("name", "channels", "message"),
+    [
+        ("bits", ["T1"], "--mask_encoding bits needs Seg among --channels, not T1; add it"),
+        ("sdf", [], "--mask_encoding sdf needs Seg among --channels, not ordinary pictures"),
+        ("gray", CHANNELS, "--mask_encoding gray: choose from grey, onehot, bits, sdf"),
+    ],
+)
+def test_refused(name, channels, message):
+    with pytest.raises(ValueError, match=message):
+        MaskEncoding(name, channels)
 
 
 def test_levels_off_the_codes_go_to_the_nearest_as_elsewhere():
@@ -124,6 +126,7 @@ def test_levels_off_the_codes_go_to_the_nearest_as_elsewhere():
         ("onehot", (0.1, -0.9, -0.5), 51),
         ("onehot", (0.3, 0.4, -1.2), 102),
         ("onehot", (0.9, 0.8, 1.1), 204),
+        ("onehot", (1, -0.9, 1), 51),  # limited to 1, equally near
         ("bits", (-0.1, -0.1), 0),
         ("bits", (-2.0, 0.1), 51),
         ("bits", (0.1, -0.9), 102),
