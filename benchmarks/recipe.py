@@ -102,7 +102,7 @@ class Study:
     """The trainings and samples below a folder.
 
     A set of samples lies in ``<arm>/seed<seed>/samples<images>.npz``: ``levels`` uint8
-    [N, H, W, C] and ``off_code`` [N].
+    [N, H, W, C], and ``off_code`` [N], NaN for signed distances, which have no codes.
     """
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
@@ -207,23 +207,23 @@ def draw(model_path: str, target: str, num_samples: int, seed: int, how: str) ->
     size = loaded.flags["image_size"]
     device = torch.device("cpu")
     network = execution.for_sampling(loaded.model, torch.float32, "off", device, evaluations=0)
-    parts = []
+    parts, off_code = [], []
     for indices in sampling.batches(num_samples, 20):
         samples = sampling.draw(
             network,
             loaded.diffusion,
             indices,
-            (loaded.flags["in_channels"], size, size),
+            (loaded.encoding.width, size, size),
             seed=seed,
             device=device,
             sampler=plan.sampler,
             timesteps=plan.timesteps,
         )
-        parts.append(sampling.to_levels(samples))
-    levels = np.concatenate(parts)
-    off_code = validity.off_code_share(levels, loaded.channels)
+        parts.append(sampling.to_levels(loaded.encoding.decode(samples)))
+        shares = loaded.encoding.off_code(samples)
+        off_code.append(np.full(len(samples), np.nan) if shares is None else shares.numpy())
     partial = f"{target}.partial.npz"
-    np.savez(partial, levels=levels, off_code=off_code)
+    np.savez(partial, levels=np.concatenate(parts), off_code=np.concatenate(off_code))
     os.replace(partial, target)
 
 
@@ -262,7 +262,7 @@ def measures(
         "broken_mask": flagged(("noise_only", "constant", "saturated"), [mask]),
         "black": validity.share_interval((background <= 1).all(axis=0)),
         "background": validity.mean_interval(background.max(axis=0)),
-        "off_code": validity.mean_interval(off_code),
+        **({} if np.isnan(off_code).any() else {"off_code": validity.mean_interval(off_code)}),
         "valid": found["valid_share"],
         "drawn_noise": validity.share_interval(looks_like_noise(levels, channels, limits)),
     }

@@ -22,6 +22,7 @@ import torch
 
 import brats_dataset
 from improved_diffusion import cli, dist_util, execution, sampling, solvers
+from improved_diffusion.encodings import GREY
 from improved_diffusion.evaluation import distribution, validity
 from improved_diffusion.fp16_util import choose_precision
 from improved_diffusion.plots import new_figure
@@ -81,20 +82,30 @@ def draw_missing(
         sampler, steps, spacing = own
         timesteps = solvers.choose_timesteps(loaded.diffusion, steps, spacing)
         batches = sampling.batches(args.num_samples, args.batch_size)
-        levels = []
+        levels, off_code = [], []
         for indices in cli.progress(batches, total=len(batches), desc=path.stem, unit="batch"):
             samples = sampling.draw(
                 network,
                 loaded.diffusion,
                 indices,
-                (loaded.flags["in_channels"], size, size),
+                (loaded.encoding.width, size, size),
                 seed=args.seed,
                 device=device,
                 sampler=sampler,
                 timesteps=timesteps,
             )
-            levels.append(sampling.to_levels(samples))
+            levels.append(sampling.to_levels(loaded.encoding.decode(samples)))
+            shares = loaded.encoding.off_code(samples)
+            if loaded.encoding.name != GREY and shares is not None:
+                off_code += shares.tolist()
+        if off_code:
+            np.save(off_code_path(path), np.array(off_code))
         np.save(path, np.concatenate(levels))
+
+
+def off_code_path(path: Path) -> Path:
+    """The file of each sample's share of mask pixels off the codes, before decoding."""
+    return path.with_name(f"{path.stem}_off_code.npy")
 
 
 def read_real(data_dir: str, channels: list[str], size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -133,6 +144,9 @@ def measure(
                 **validity.summary(levels, channels),
             }
         )
+        own_off_code = off_code_path(folder / f"{set_name((sampler, steps, spacing))}.npy")
+        if own_off_code.exists():  # of decoded masks the levels tell nothing
+            rows[-1]["off_code_share"] = validity.mean_interval(np.load(own_off_code))
     base = max((row for row in rows if row["sampler"] == "ancestral"), key=lambda row: row["steps"])
     for row in rows:
         row["worse"] = [name for name in MEASURES if is_worse(row, base, name)]

@@ -24,7 +24,8 @@ from improved_diffusion.script_util import (
 ROOT = Path(__file__).resolve().parent.parent
 # Between two sides, for the threads of the last one to go to sleep.
 PAUSE = 0.5
-# The network of the report's experiments on two channels.
+# The network of the report's experiments on two channels. Their images are random numbers, in which
+# there is no mask to encode.
 NETWORK = {
     **model_and_diffusion_defaults(),
     "in_channels": 2,
@@ -35,6 +36,7 @@ NETWORK = {
     "rescale_learned_sigmas": False,
     "rescale_timesteps": False,
 }
+del NETWORK["mask_encoding"]
 
 
 class Side:

@@ -235,16 +235,18 @@ def complete_flags(
     :param defaults: all model flags with their defaults; those with a ``large_size`` belong to a
         super-resolution network.
     :param preset: the published model that the file is said to be; ``none``: it is not one of
-        them, though its shapes may be the same; a recipe: it is none either, and was trained in
-        that way; empty: nothing was said. Then a file that has a published model's shapes must not
-        contradict it.
+        them, though its shapes may be the same; empty: nothing was said. Then a file that has a
+        published model's shapes must not contradict it.
     :raises ValueError: for a flag that contradicts the shapes or the preset, naming both values,
         and for flags that are missing.
     """
     size_flag = "large_size" if "large_size" in defaults else "image_size"
     own = flags_from_shapes(shapes, path, super_res=size_flag == "large_size")
     if preset in RECIPES:
-        given, preset = {**preset_flags(preset, defaults), **given}, NO_PRESET
+        raise ValueError(
+            f"{path} holds no flags, and --preset {preset} is a way to train, not a published "
+            "model: name the flags with which the file was trained instead"
+        )
     published: dict[str, Any] = {}
     named_preset = preset not in ("", NO_PRESET)
     if named_preset:

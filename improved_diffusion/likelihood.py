@@ -20,6 +20,7 @@ import numpy as np
 from torch.utils.data import DataLoader, Subset
 
 from improved_diffusion import dist_util
+from improved_diffusion.encodings import SDF
 from improved_diffusion.files import atomic_write
 from improved_diffusion.sampling import SampleNoise
 from improved_diffusion.script_util import (
@@ -77,6 +78,11 @@ def evaluate(description: str) -> None:
         )
 
     loaded = load_model_and_diffusion(args.model_path, given)
+    if loaded.encoding.name == SDF:
+        raise ValueError(
+            f"{args.model_path} was trained with --mask_encoding {SDF}, whose distances are no "
+            "levels that could have a likelihood; name a model with another encoding"
+        )
     data = find_training_data(
         args.data_dir,
         channels=loaded.channels,
@@ -101,7 +107,7 @@ def evaluate(description: str) -> None:
         indices = range(done, done + len(images))
         out = loaded.diffusion.calc_bpd_loop(
             model,
-            images.to(dist_util.dev()),
+            loaded.encoding.encode(images.to(dist_util.dev())),
             clip_denoised=args.clip_denoised,
             model_kwargs={name: value.to(dist_util.dev()) for name, value in cond.items()},
             noise_fn=SampleNoise(args.seed, indices, dist_util.dev()),

@@ -178,7 +178,7 @@ def sample(description: str, *, super_res: bool = False) -> None:
                 )
             labels = base_labels
 
-    shape = (loaded.flags["in_channels"], size, size)
+    shape = (loaded.encoding.width, size, size)
     shapes: dict[str, tuple[int, ...]] = {"y": ()} if loaded.classes else {}
     if base is not None:
         shapes["low_res"] = tuple(base.shape[1:])
@@ -267,7 +267,7 @@ def sample(description: str, *, super_res: bool = False) -> None:
             on_step=on_step,
             model_kwargs=kwargs,
         )
-        return to_levels(samples)
+        return to_levels(loaded.encoding.decode(samples))
 
     def on_start(left: int) -> None:
         if dist_util.rank() == 0 and left:

@@ -17,6 +17,7 @@ from improved_diffusion.architecture import (
     parse_numbers,
     preset_flags,
 )
+from improved_diffusion.encodings import ENCODINGS, GREY, MaskEncoding, network_channels
 from improved_diffusion.gaussian_diffusion import (
     GaussianDiffusion,
     LossType,
@@ -30,6 +31,7 @@ NUM_CLASSES = 1000
 
 HELP = {
     "in_channels": "channels of the images; by default as many as --channels names",
+    "mask_encoding": f"form of the mask in the network: {', '.join(ENCODINGS)}",
     "image_size": "width and height at which the network works; slices of another size are resized",
     "num_channels": "base width of the U-Net, a multiple of 32",
     "num_res_blocks": "residual blocks per level of the U-Net",
@@ -61,6 +63,7 @@ HELP = {
 # A flag of these must have its training value; the others may change from use to use.
 FIXED_BY_TRAINING = (
     "in_channels",
+    "mask_encoding",
     "image_size",
     "large_size",
     "small_size",
@@ -86,6 +89,7 @@ def model_and_diffusion_defaults() -> dict[str, Any]:
     """Flags of the network and the process with the defaults of the report's tables 2 and 3."""
     return {
         "in_channels": 3,
+        "mask_encoding": GREY,
         "image_size": 64,
         "num_channels": 128,
         "num_res_blocks": 2,
@@ -114,7 +118,7 @@ def model_and_diffusion_defaults() -> dict[str, Any]:
 def sr_model_and_diffusion_defaults() -> dict[str, Any]:
     """The same for a super-resolution model, with two sizes instead of one."""
     flags = model_and_diffusion_defaults()
-    del flags["image_size"]
+    del flags["image_size"], flags["mask_encoding"]
     return {"large_size": 256, "small_size": 64, **flags}
 
 
@@ -142,6 +146,7 @@ def create_model_and_diffusion(
     channel_mult: str = "",
     predict_v: bool = False,
     num_classes: int = 0,
+    mask_encoding: str = GREY,
 ) -> tuple[UNetModel, GaussianDiffusion]:
     """A network and its process; the arguments are the flags of :data:`HELP`."""
     model = create_model(
@@ -159,6 +164,7 @@ def create_model_and_diffusion(
         in_channels=in_channels,
         channel_mult=channel_mult,
         num_classes=num_classes,
+        mask_encoding=mask_encoding,
     )
     diffusion = create_gaussian_diffusion(
         steps=diffusion_steps,
@@ -190,12 +196,14 @@ def create_model(
     in_channels: int = 3,
     channel_mult: str = "",
     num_classes: int = 0,
+    mask_encoding: str = GREY,
 ) -> UNetModel:
-    """A network for images of ``in_channels`` channels."""
+    """A network for images of ``in_channels`` channels, the mask among them encoded."""
+    width = network_channels(mask_encoding, in_channels)
     return UNetModel(
-        in_channels=in_channels,
+        in_channels=width,
         model_channels=num_channels,
-        out_channels=in_channels * (2 if learn_sigma else 1),
+        out_channels=width * (2 if learn_sigma else 1),
         num_res_blocks=num_res_blocks,
         dropout=dropout,
         num_classes=_classes(class_cond, num_classes),
@@ -402,6 +410,7 @@ class Loaded:
     metadata: dict[str, Any]
     channels: list[str]  # names of the image channels; empty where nothing tells them
     classes: list[str]  # names of the classes; empty for a model without
+    encoding: MaskEncoding  # of the mask among the channels
 
 
 def load_model_and_diffusion(
@@ -447,7 +456,10 @@ def load_model_and_diffusion(
                 f"{path} is {'no' if super_res else 'a'} super-resolution model; sample from it "
                 f"with {script}"
             )
+        trained = {"mask_encoding": GREY, **trained}  # also where it was not a flag yet
         claimed = preset_flags(preset, defaults) if preset not in ("", NO_PRESET) else {}
+        if preset in RECIPES and brats.MASK_CHANNEL not in channels:
+            claimed.pop("mask_encoding", None)
         for name in FIXED_BY_TRAINING:
             said = {**claimed, **given}.get(name)
             if said is None or name not in trained or said == trained[name]:
@@ -462,6 +474,11 @@ def load_model_and_diffusion(
         flags = {name: {**defaults, **trained, **given}[name] for name in defaults}
     else:
         shapes = {name: tuple(value.shape) for name, value in weights.items()}
+        if given.get("mask_encoding", GREY) != GREY:
+            raise ValueError(
+                f"--mask_encoding {given['mask_encoding']} contradicts {path}, which holds no "
+                f"flags: the mask of such a model is {GREY}; leave the flag out"
+            )
         named_flags = {name: value for name, value in given.items() if name in defaults}
         flags = complete_flags(path, shapes, named_flags, defaults, preset)
     create = sr_create_model_and_diffusion if super_res else create_model_and_diffusion
@@ -470,7 +487,8 @@ def load_model_and_diffusion(
     classes = list(metadata.get("classes", []))
     if flags["class_cond"] and not classes:
         classes = [str(number) for number in range(model.num_classes)]
-    return Loaded(model, diffusion, flags, metadata, channels, classes)
+    encoding = MaskEncoding(flags.get("mask_encoding", GREY), channels, flags["in_channels"])
+    return Loaded(model, diffusion, flags, metadata, channels, classes, encoding)
 
 
 def provenance(args: argparse.Namespace, loaded: Loaded) -> dict[str, Any]:

@@ -21,12 +21,14 @@ import torch
 from torch.optim import AdamW
 
 from improved_diffusion import checkpoint, cli, dist_util, execution, figures, logger, sampling
+from improved_diffusion.augmentation import Augmentation
 from improved_diffusion.cost import (
     free_memory,
     is_out_of_memory,
     largest_microbatch,
     training_cost,
 )
+from improved_diffusion.encodings import MaskEncoding
 from improved_diffusion.evaluation.in_training import Evaluation
 from improved_diffusion.fp16_util import choose_precision, precision_name
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion
@@ -93,10 +95,11 @@ class Preview:
     """A small picture of what the moving average samples while it is trained.
 
     :param diffusion: a process of few steps.
-    :param shape: (C, H, W).
+    :param shape: (C, H, W) of what the network draws.
     :param channels: names for the picture; empty: none.
     :param model_kwargs: further arguments of the model, a row for each sample: ``y``,
         ``low_res``.
+    :param encoding: of the mask in what the network draws.
     """
 
     diffusion: GaussianDiffusion
@@ -105,6 +108,7 @@ class Preview:
     num_samples: int = 8
     seed: int = 0
     model_kwargs: dict[str, torch.Tensor] = field(default_factory=dict)
+    encoding: MaskEncoding = field(default_factory=MaskEncoding)
 
     def write(self, model: UNetModel, path: str) -> None:
         """Sample with the same noise at every call, and write the grid to ``path``."""
@@ -117,7 +121,7 @@ class Preview:
             device=dist_util.dev(),
             model_kwargs=self.model_kwargs,
         )
-        levels = sampling.to_levels(samples)
+        levels = sampling.to_levels(self.encoding.decode(samples))
         figures.save_grid(figures.sample_grid(levels, self.channels or None), path)
 
 
@@ -162,7 +166,7 @@ class TrainLoop:
     :param metadata: plain values that travel in the weight files, see
         :func:`improved_diffusion.checkpoint.with_metadata`.
     :param flags: the command line's values, kept in the ``opt`` file for a continued run.
-    :param channels: names of the image's channels, whose squared errors are then logged as
+    :param channels: names of the network's channels, whose squared errors are then logged as
         ``mse_<name>``.
     :param classes: names of the classes; up to ten are logged as ``mse_class_<name>``.
     :param precision: in which the network computes, see
@@ -171,6 +175,8 @@ class TrainLoop:
         scale. A step whose gradient is not finite changes nothing, in any precision.
     :param compile: ``on``, ``off`` or ``auto`` (on a GPU): run the network through
         ``torch.compile``; where that fails the network runs as it is.
+    :param encoding: of the mask among the images' channels; None: they are trained on as they are.
+    :param augmentation: changes the images before that; None: nothing does.
     :raises ValueError: a setting or a checkpoint that does not fit, or a log folder that holds
         another run.
     """
@@ -212,6 +218,8 @@ class TrainLoop:
         classes: Sequence[str] = (),
         precision: str = "auto",
         compile: str = "auto",
+        encoding: MaskEncoding | None = None,
+        augmentation: Augmentation | None = None,
     ) -> None:
         if fp16_scale_growth <= 0:
             raise ValueError(f"--fp16_scale_growth {fp16_scale_growth}: give a number above 0")
@@ -244,6 +252,8 @@ class TrainLoop:
         self.preview = preview
         self.eval_interval = eval_interval
         self.evaluation = evaluation
+        self.encoding = encoding or MaskEncoding()
+        self.augmentation = augmentation
         # Copies in which no two values are one object, so that equal runs write equal files.
         self.metadata = json.loads(json.dumps(metadata or {}))
         self.flags = json.loads(json.dumps(flags or {}))
@@ -438,11 +448,17 @@ class TrainLoop:
         }
         counts = [count for (count,) in dist_util.gather(n)]
         self._global_batch = sum(counts)
+        rank = dist_util.rank()
+        first = sum(counts[:rank])
+        if self.augmentation:
+            # A stream of its own, so that timesteps and noise are those of a run without.
+            seed = derive_seed(self.seed, "augmentation", self.step)
+            drawn = self.augmentation.draw(self._global_batch, torch.Generator().manual_seed(seed))
+            batch, cond = self.augmentation.apply(batch, cond, drawn[first : first + n])
+        batch = self.encoding.encode(batch)
         # Drawn for the whole batch, so that its division does not change what is computed.
         t, weights = self.schedule_sampler.sample(self._global_batch, self.device)
         noise = torch.randn(self._global_batch, *batch.shape[1:], device=self.device)
-        rank = dist_util.rank()
-        first = sum(counts[:rank])
         t, weights, noise = (drawn[first : first + n] for drawn in (t, weights, noise))
         if rank:  # dropout is to differ
             torch.manual_seed(derive_seed(self.seed, f"train {rank}", self.step))

@@ -15,9 +15,11 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
-from improved_diffusion import __version__, checkpoint, cli, dist_util, logger
+from improved_diffusion import __version__, brats, checkpoint, cli, dist_util, logger
 from improved_diffusion.architecture import NO_PRESET, RECIPES, preset_flags
+from improved_diffusion.augmentation import Augmentation
 from improved_diffusion.cost import free_memory, largest_microbatch, training_cost
+from improved_diffusion.encodings import GREY, MaskEncoding
 from improved_diffusion.evaluation.in_training import Evaluation
 from improved_diffusion.fp16_util import allow_tf32, choose_precision, precision_name
 from improved_diffusion.resample import NAMES, create_named_schedule_sampler
@@ -107,6 +109,19 @@ TRAINING_FLAGS: dict[str, tuple[Any, str]] = {
     ),
     "eval_samples": (32, "samples of such an evaluation"),
     "seed": (0, "seed of weights, data order, timesteps and noise"),
+    "augment": (
+        0.0,
+        "of slices: share of the training slices that are changed at random, image and mask "
+        "together; 0: none",
+    ),
+    "augment_rotate": (10.0, "turn them by up to so many degrees to either side"),
+    "augment_scale": (0.1, "enlarge or shrink them by up to this share"),
+    "augment_shift": (0.05, "move them along rows and columns by up to this share of the size"),
+    "augment_intensity": (0.1, "change gain and gamma of every image by up to this share"),
+    "augment_flip": (
+        False,
+        "mirror every other of them, left to right; off, because brains are not symmetric",
+    ),
     "num_workers": (1, "processes that decode images; 0: none beside the training"),
     "pack_dir": (
         "",
@@ -177,6 +192,10 @@ def _train(flags: dict[str, Any], given: dict[str, Any], super_res: bool, held: 
     if data.classes and not args.num_classes:
         args.num_classes = len(data.classes)
     _check_numbers(args)
+    if brats.MASK_CHANNEL not in data.channels and not (super_res or "mask_encoding" in given):
+        args.mask_encoding = GREY  # whatever a recipe says
+    encoding = MaskEncoding(vars(args).get("mask_encoding", GREY), data.channels, data.in_channels)
+    augmentation = _augmentation(args, data, super_res)
     _check_classes(args, data, loaded, resume)
     dtype, _ = choose_precision(args.precision, dist_util.dev())
     allow_tf32(args.tf32)
@@ -202,15 +221,15 @@ def _train(flags: dict[str, Any], given: dict[str, Any], super_res: bool, held: 
         create = sr_create_model_and_diffusion if super_res else create_model_and_diffusion
         model, diffusion = create(**model_flags)
     schedule_sampler = create_named_schedule_sampler(args.schedule_sampler, diffusion)
-    preview = _preview(args, diffusion, data, size, low_res_size)
+    preview = _preview(args, diffusion, data, encoding, size, low_res_size)
     if args.dry_run:
-        _print_cost(args, model, data, size, low_res_size, dtype)
+        _print_cost(args, model, data, encoding, size, low_res_size, dtype)
         return
 
     evaluates = bool(args.eval_interval and data.channels and not super_res)
     evaluation = None
     if evaluates and dist_util.rank() == 0:
-        evaluation = _evaluation(args, diffusion, data, size)
+        evaluation = _evaluation(args, diffusion, data, encoding, size)
     parameters = sum(p.numel() for p in model.parameters())
     disk = dist_util.on_first(lambda: _disk_need(args, parameters, len(rates), step))
     if not existed:
@@ -254,10 +273,12 @@ def _train(flags: dict[str, Any], given: dict[str, Any], super_res: bool, held: 
             "geometry": data.geometry(),
         },
         flags={name: value for name, value in vars(args).items() if name not in NOT_CONTINUED},
-        channels=data.channels,
+        channels=encoding.names,
         classes=data.classes,
         precision=args.precision,
         compile=args.compile,
+        encoding=encoding,
+        augmentation=augmentation,
     )
     what = f"channels {', '.join(data.channels)}" if data.channels else "ordinary pictures"
     if data.classes:
@@ -353,10 +374,31 @@ def _check_classes(
         )
 
 
+def _augmentation(
+    args: argparse.Namespace, data: TrainingData, super_res: bool
+) -> Augmentation | None:
+    found = Augmentation(
+        data.channels,
+        args.augment,
+        rotate=args.augment_rotate,
+        scale=args.augment_scale,
+        shift=args.augment_shift,
+        intensity=args.augment_intensity,
+        flip=args.augment_flip,
+    )
+    if not args.augment:
+        return None
+    if super_res or not data.channels:
+        what = "super-resolution models" if super_res else "ordinary pictures"
+        raise ValueError(f"--augment {args.augment}: not done for {what}; leave it out")
+    return found
+
+
 def _preview(
     args: argparse.Namespace,
     diffusion: SpacedDiffusion,
     data: TrainingData,
+    encoding: MaskEncoding,
     size: int,
     low_res_size: int | None,
 ) -> Preview:
@@ -365,9 +407,10 @@ def _preview(
         respacing = str(min(int(respacing), args.diffusion_steps))
     preview = Preview(
         respaced(diffusion, respacing),
-        (data.in_channels, size, size),
+        (encoding.width, size, size),
         data.channels,
         seed=args.seed,
+        encoding=encoding,
     )
     if not args.sample_interval:
         return preview
@@ -382,7 +425,11 @@ def _preview(
 
 
 def _evaluation(
-    args: argparse.Namespace, diffusion: SpacedDiffusion, data: TrainingData, size: int
+    args: argparse.Namespace,
+    diffusion: SpacedDiffusion,
+    data: TrainingData,
+    encoding: MaskEncoding,
+    size: int,
 ) -> Evaluation:
     """Compare with slices from all over the folder."""
     dataset = data.dataset(size)
@@ -391,7 +438,7 @@ def _evaluation(
     real = ((images + 1) * 127.5).round().astype(np.uint8).transpose(0, 2, 3, 1)
     labels = torch.arange(args.eval_samples) % len(data.classes) if data.classes else None
     return Evaluation(
-        diffusion, data.channels, real, args.eval_samples, seed=args.seed, labels=labels
+        diffusion, encoding, data.channels, real, args.eval_samples, seed=args.seed, labels=labels
     )
 
 
@@ -399,6 +446,7 @@ def _print_cost(
     args: argparse.Namespace,
     model: UNetModel,
     data: TrainingData,
+    encoding: MaskEncoding,
     size: int,
     low_res_size: int | None,
     dtype: torch.dtype,
@@ -409,7 +457,7 @@ def _print_cost(
     model.compute_dtype = dtype
     averages = len(parse_ema_rates(args.ema_rate))
     cost = training_cost(
-        model, (data.in_channels, size, size), dtype=dtype, averages=averages, model_kwargs=shapes
+        model, (encoding.width, size, size), dtype=dtype, averages=averages, model_kwargs=shapes
     )
     microbatch = parse_microbatch(args.microbatch)
     if microbatch == AUTO:

@@ -264,7 +264,7 @@ def unet_loop(folder, **changes):
     flags = {**model_and_diffusion_defaults(), "image_size": 16, "num_channels": 32}
     flags.update(num_res_blocks=1, channel_mult="1,2", attention_resolutions="8", num_heads=2)
     flags.update(in_channels=1, diffusion_steps=STEPS, use_checkpoint=changes.pop("check", False))
-    flags.update(dropout=changes.pop("dropout", 0.0))
+    flags.update(dropout=changes.pop("dropout", 0.0), **changes.pop("network", {}))
     model, diffusion = create_model_and_diffusion(**flags)
     for p in model.parameters():  # zero layers would hide what lies before them
         torch.nn.init.normal_(p, std=0.05)

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from improved_diffusion import sampling
+from improved_diffusion.encodings import GREY, MaskEncoding
 from improved_diffusion.evaluation import distribution, validity
 from improved_diffusion.respace import SpacedDiffusion
 from improved_diffusion.unet import UNetModel
@@ -23,12 +24,14 @@ class Evaluation:
     """Draws samples with the same noise at every call, and measures them.
 
     :param diffusion: the process; it is sampled as ``image_sample.py`` does without flags.
+    :param encoding: of the mask in what the network draws.
     :param channels: names of the slices' channels.
     :param real: uint8 [M, H, W, C], training slices to compare with.
     :param labels: int64 [N] classes, for a class-conditional model.
     """
 
     diffusion: SpacedDiffusion
+    encoding: MaskEncoding
     channels: Sequence[str]
     real: np.ndarray
     num_samples: int = 32
@@ -48,9 +51,10 @@ class Evaluation:
         ``eval_background_level`` (mean of the worst channel), ``eval_channel_agreement``,
         ``eval_off_code_share``, ``eval_empty_mask_share``, and ``eval_distance`` (kernel distance
         of random features to the training slices: about 0 where nothing tells them apart).
-        What does not apply is absent.
+        What does not apply is absent. Pixels off the codes are those before decoding, see
+        :meth:`.MaskEncoding.off_code`.
         """
-        samples = self._draw(model, device)
+        samples, off_code = self._draw(model, device)
         measured = validity.measure(samples, self.channels)
         flags = validity.check(measured, self.limits)
         found = validity.report(measured, flags)
@@ -63,14 +67,19 @@ class Evaluation:
         for name in ("channel_agreement", "off_code_share", "empty_mask_share"):
             if name in found:
                 values[name] = found[name]["value"]
+        if self.encoding.name != GREY:  # whose levels, above, are raw
+            values.pop("off_code_share", None)
+            if off_code is not None:
+                values["off_code_share"] = off_code
         features = distribution.scale(self.real_features, distribution.features(samples))
         values["distance"] = distribution.kernel_distance(*features)["value"]
         return {f"eval_{name}": float(value) for name, value in values.items()}
 
-    def _draw(self, model: UNetModel, device: torch.device) -> np.ndarray:
-        _, height, width, count = self.real.shape
+    def _draw(self, model: UNetModel, device: torch.device) -> tuple[np.ndarray, float | None]:
+        """Levels [N, H, W, C], and the mean share of mask pixels off the codes, if it has any."""
+        shape = (self.encoding.width, *self.real.shape[1:3])
         plan = sampling.choose_plan(self.diffusion)
-        drawn = []
+        drawn, off_code = [], []
         for indices in sampling.batches(self.num_samples, BATCH):
             kwargs = {}
             if self.labels is not None:
@@ -79,12 +88,14 @@ class Evaluation:
                 model,
                 self.diffusion,
                 indices,
-                (count, height, width),
+                shape,
                 seed=self.seed,
                 device=device,
                 sampler=plan.sampler,
                 timesteps=plan.timesteps,
                 model_kwargs=kwargs,
             )
-            drawn.append(sampling.to_levels(samples))
-        return np.concatenate(drawn)
+            drawn.append(sampling.to_levels(self.encoding.decode(samples)))
+            if (shares := self.encoding.off_code(samples)) is not None:
+                off_code += shares.tolist()
+        return np.concatenate(drawn), float(np.mean(off_code)) if off_code else None
