@@ -115,15 +115,19 @@ def parse_numbers(flag: str, text: str, kind: type) -> tuple[Any, ...]:
         ) from None
 
 
-def flags_from_shapes(shapes: Shapes, path: str, super_res: bool = False) -> dict[str, Any]:
+def flags_from_shapes(
+    shapes: Shapes, path: str, super_res: bool = False, self_condition: bool = False
+) -> dict[str, Any]:
     """The flags that the shapes of a U-Net's state dict determine.
 
     :param shapes: parameter names and shapes.
     :param path: the file they come from, for messages.
     :param super_res: the network takes a low-resolution image beside the noisy one.
+    :param self_condition: the network takes its previous prediction beside the noisy image.
     :return: ``in_channels``, ``num_channels``, ``num_res_blocks``, ``learn_sigma``, ``class_cond``,
         ``num_classes``, ``use_scale_shift_norm``; ``channel_mult`` as a tuple of numbers, and
         ``attention_resolutions`` as the tuple of levels (0 is the finest) that have attention.
+        Without ``super_res`` also ``self_condition``.
     :raises ValueError: if the shapes are not those of such a network.
     """
     try:
@@ -160,12 +164,17 @@ def flags_from_shapes(shapes: Shapes, path: str, super_res: bool = False) -> dic
         )
     widths = [shapes[f"{level[0]}.0.out_layers.0.weight"][0] for level in levels]
 
-    channels = inputs // 2 if super_res else inputs
-    if (super_res and inputs % 2) or outputs not in (channels, 2 * channels):
-        kind = "super-resolution model" if super_res else "model"
+    two_images = super_res or self_condition
+    channels = inputs // 2 if two_images else inputs
+    if (two_images and inputs % 2) or outputs not in (channels, 2 * channels):
+        kind = "self-conditioned model" if self_condition else "model"
+        kind = "super-resolution model" if super_res else kind
         other = ""
-        if not super_res and inputs % 2 == 0 and outputs == inputs // 2:
-            other = "; it is a super-resolution model: use super_res_sample.py"
+        if not two_images and inputs % 2 == 0 and outputs == inputs // 2:
+            other = (
+                "; it is a super-resolution model: use super_res_sample.py, or a self-conditioned "
+                "one: give --self_condition True"
+            )
         raise ValueError(
             f"{path} has {inputs} input and {outputs} output channels, which no {kind} of this "
             f"package has{other}"
@@ -185,6 +194,7 @@ def flags_from_shapes(shapes: Shapes, path: str, super_res: bool = False) -> dic
         "use_scale_shift_norm": emb_rows == 2 * first,
         "class_cond": classes > 0,
         "num_classes": classes,
+        **({} if super_res else {"self_condition": self_condition}),
     }
 
 
@@ -241,12 +251,18 @@ def complete_flags(
         and for flags that are missing.
     """
     size_flag = "large_size" if "large_size" in defaults else "image_size"
-    own = flags_from_shapes(shapes, path, super_res=size_flag == "large_size")
     if preset in RECIPES:
         raise ValueError(
             f"{path} holds no flags, and --preset {preset} is a way to train, not a published "
             "model: name the flags with which the file was trained instead"
         )
+    # The shapes of a self-conditioned network may be another's too: it is what the user says.
+    own = flags_from_shapes(
+        shapes,
+        path,
+        super_res=size_flag == "large_size",
+        self_condition=given.get("self_condition", False),
+    )
     published: dict[str, Any] = {}
     named_preset = preset not in ("", NO_PRESET)
     if named_preset:
@@ -298,9 +314,12 @@ def complete_flags(
         if _may_be_the_other_kind(own, size_flag) and "in_channels" not in given:
             images = own["in_channels"]
             other = f"{images // 2}" if size_flag == "image_size" else f"{2 * images}"
+            also = ""
+            if size_flag == "image_size":
+                also = f", or if it is self-conditioned --self_condition True (of {other} channels)"
             raise ValueError(
                 f"{path} may be an ordinary or a super-resolution model, of {images} or {other} "
-                f"channels: give --in_channels {images}, or use the other script"
+                f"channels: give --in_channels {images}, or use the other script{also}"
             )
     size = flags[size_flag]
     texts = {
@@ -361,4 +380,5 @@ def _may_be_the_other_kind(own: Mapping[str, Any], size_flag: str) -> bool:
     """Whether a network with and one without a low-resolution input could have these shapes."""
     if size_flag == "large_size":
         return own["learn_sigma"]
-    return not own["learn_sigma"] and own["in_channels"] % 2 == 0
+    plain = not own["learn_sigma"] and not own["self_condition"]
+    return plain and own["in_channels"] % 2 == 0

@@ -16,6 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from improved_diffusion.gaussian_diffusion import SELF_CONDITIONED_SHARE
+from improved_diffusion.unet import SelfConditionedModel
+
 # AdamW's two moments and the gradient, beside the parameter itself.
 FLOATS_PER_PARAMETER = 4
 # What stays free for the library's own buffers and for fragments.
@@ -29,7 +32,8 @@ class Cost:
     :param parameters: how many there are.
     :param forward_flops: floating-point operations per image, forward; a multiplication and an
         addition are two.
-    :param training_flops: the same, forward and backward.
+    :param training_flops: the same, forward and backward; a self-conditioned network's also hold
+        the first pass that a share of the images takes.
     :param state_bytes: parameters, gradients, AdamW's moments and the moving averages, float32,
         and the short copies of the parameters that a shorter type needs.
     :param image_bytes: activations at their peak, for each image of a microbatch.
@@ -97,6 +101,9 @@ def training_cost(
         step.run(batch=1, backward=False)
     with FlopCounterMode(display=False) as both:
         step.run(batch=1)
+    training_flops = both.get_total_flops()
+    if isinstance(model, SelfConditionedModel):
+        training_flops += int(SELF_CONDITIONED_SHARE * forward.get_total_flops())
     parameters = sum(p.numel() for p in model.parameters())
     per_parameter = 4 * (FLOATS_PER_PARAMETER + averages)
     if dtype != torch.float32:
@@ -104,7 +111,7 @@ def training_cost(
     return Cost(
         parameters,
         forward.get_total_flops(),
-        both.get_total_flops(),
+        training_flops,
         parameters * per_parameter,
         image_bytes,
     )

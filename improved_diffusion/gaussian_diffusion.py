@@ -1,11 +1,13 @@
 """The Gaussian diffusion process: forward, posterior, reverse, losses, bound.
 
 Sources: Ho et al. 2020 (DDPM), Nichol & Dhariwal 2021 (IDDPM), Song et al. 2020 (DDIM),
-Salimans & Ho 2022 (velocity). Equation numbers are IDDPM's unless another paper is named.
+Salimans & Ho 2022 (velocity), Chen et al. 2023 ("Analog Bits", self-conditioning). Equation numbers
+are IDDPM's unless another paper is named.
 
 Shapes: images are [N, C, ...] in [-1, 1]; timesteps ``t`` are int64 [N] in [0, T), where 0 is the
 step with the least noise. A model is any callable ``model(x, t, **model_kwargs)`` that returns
-[N, C, ...], or [N, 2C, ...] where the variance is learned.
+[N, C, ...], or [N, 2C, ...] where the variance is learned. The model of a self-conditioned process
+also takes ``x_self`` [N, C, ...], its previous prediction of x_0; left out, it stands for zeros.
 """
 
 from __future__ import annotations
@@ -31,6 +33,7 @@ __all__ = [
     "LossType",
     "ModelMeanType",
     "ModelVarType",
+    "SamplingRun",
     "betas_for_alpha_bar",
     "get_named_beta_schedule",
 ]
@@ -71,6 +74,31 @@ class LossType(enum.Enum):
 
 
 LEARNED_VARIANCES = (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
+# How many images of a self-conditioned training see a prediction, Chen et al. 2023, section 3.2.
+SELF_CONDITIONED_SHARE = 0.5
+
+
+class SamplingRun:
+    """A model in one run of a sampler, shown its last prediction where the process wants that.
+
+    Chen et al. 2023, Algorithm 2. The sampler puts what each evaluation gave into ``prediction``.
+
+    :param self_condition: give ``prediction`` to the model as ``x_self``, zeros in the beginning;
+        else call it as it is.
+    """
+
+    def __init__(self, model: Model, self_condition: bool) -> None:
+        self.model = model
+        self.self_condition = self_condition
+        self.prediction: torch.Tensor | None = None
+
+    def __call__(self, x: torch.Tensor, t: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        if self.self_condition:
+            if self.prediction is None:
+                # Not left out, so that a compiled model has one form of call.
+                self.prediction = torch.zeros_like(x)
+            kwargs["x_self"] = self.prediction
+        return self.model(x, t, **kwargs)
 
 
 class GaussianDiffusion:
@@ -78,6 +106,7 @@ class GaussianDiffusion:
 
     :param betas: [T] variances in (0, 1].
     :param rescale_timesteps: pass timesteps to the model as floats scaled to [0, 1000).
+    :param self_condition: show the model its own previous prediction of x_0.
     :raises ValueError: for betas outside of (0, 1] or of another shape.
     """
 
@@ -89,6 +118,7 @@ class GaussianDiffusion:
         model_var_type: ModelVarType,
         loss_type: LossType,
         rescale_timesteps: bool = False,
+        self_condition: bool = False,
     ) -> None:
         betas = np.array(betas, dtype=np.float64)
         if betas.ndim != 1 or betas.size == 0 or (betas <= 0).any() or (betas > 1).any():
@@ -97,6 +127,7 @@ class GaussianDiffusion:
         self.model_var_type = model_var_type
         self.loss_type = loss_type
         self.rescale_timesteps = rescale_timesteps
+        self.self_condition = self_condition
         self.num_timesteps = len(betas)
 
         self.betas = betas
@@ -454,11 +485,12 @@ class GaussianDiffusion:
         :param progress: show a progress bar.
         :param noise_fn: draws the noise of the start and of every step.
         """
+        run = SamplingRun(model, self.self_condition)
         yield from self._loop(
             lambda x, t: self.p_sample(
-                model, x, t, clip_denoised, denoised_fn, model_kwargs, noise_fn=noise_fn
+                run, x, t, clip_denoised, denoised_fn, model_kwargs, noise_fn=noise_fn
             ),
-            *(model, shape, noise, device, progress, noise_fn),
+            *(run, shape, noise, device, progress, noise_fn),
         )
 
     def ddim_sample_loop(self, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -483,17 +515,18 @@ class GaussianDiffusion:
     ) -> Iterator[dict[str, torch.Tensor]]:
         """Yield the result of :meth:`ddim_sample` at every step; arguments as of
         :meth:`p_sample_loop_progressive`."""
+        run = SamplingRun(model, self.self_condition)
         yield from self._loop(
             lambda x, t: self.ddim_sample(
-                model, x, t, clip_denoised, denoised_fn, model_kwargs, eta=eta, noise_fn=noise_fn
+                run, x, t, clip_denoised, denoised_fn, model_kwargs, eta=eta, noise_fn=noise_fn
             ),
-            *(model, shape, noise, device, progress, noise_fn),
+            *(run, shape, noise, device, progress, noise_fn),
         )
 
     def _loop(
         self,
         step: Callable[[torch.Tensor, torch.Tensor], dict[str, torch.Tensor]],
-        model: Model,
+        run: SamplingRun,
         shape: Sequence[int],
         noise: torch.Tensor | None,
         device: torch.device | str | None,
@@ -501,7 +534,7 @@ class GaussianDiffusion:
         noise_fn: NoiseFn,
     ) -> Iterator[dict[str, torch.Tensor]]:
         if device is None:
-            device = noise.device if noise is not None else next(model.parameters()).device
+            device = noise.device if noise is not None else next(run.model.parameters()).device
         x = noise_fn(torch.empty(*shape, device=device)) if noise is None else noise
         steps: Any = range(self.num_timesteps - 1, -1, -1)
         if progress:
@@ -510,6 +543,7 @@ class GaussianDiffusion:
             t = torch.full((shape[0],), i, device=device, dtype=torch.int64)
             with torch.no_grad():
                 out = step(x, t)
+            run.prediction = out["pred_xstart"]
             yield out
             x = out["sample"]
 
@@ -523,18 +557,24 @@ class GaussianDiffusion:
         model_kwargs: dict[str, Any] | None = None,
         noise: torch.Tensor | None = None,
         channel_names: Sequence[str] = (),
+        conditioned: torch.Tensor | None = None,
     ) -> dict[str, torch.Tensor]:
         """The loss of every sample at its timestep.
 
         :param noise: the noise to add; drawn if not given.
         :param channel_names: C names; the result then also has ``mse_<name>`` [N], the squared
             error of each channel, whose mean over the channels is ``mse``.
+        :param conditioned: of a self-conditioned process: bool [N], for which samples the model
+            sees its own prediction; drawn if not given.
         :return: ``loss`` [N]; for the squared-error losses also ``mse`` [N] and, where the
             variance is learned, ``vb`` [N], the term of the bound that trains it.
         """
         if noise is None:
             noise = torch.randn_like(x_start)
         x_t = self.q_sample(x_start, t, noise)
+        if self.self_condition:
+            x_self = self._first_prediction(model, x_t, t, model_kwargs, conditioned)
+            model_kwargs = {**(model_kwargs or {}), "x_self": x_self}
         output = self._evaluate(model, x_t, t, model_kwargs)
         prediction, variance_values = self._split_output(output, x_t)
 
@@ -558,6 +598,37 @@ class GaussianDiffusion:
             own = slice(channel, channel + 1)
             terms[f"mse_{name}"] = squared_error(prediction[:, own].detach(), target[:, own])
         return terms
+
+    def draw_conditioned(self, n: int) -> torch.Tensor:
+        """Draw which of ``n`` samples see a prediction in training: bool [N].
+
+        On the CPU, where counting them does not wait for a GPU.
+        """
+        return torch.rand(n) < SELF_CONDITIONED_SHARE
+
+    @torch.no_grad()
+    def _first_prediction(
+        self,
+        model: Model,
+        x_t: torch.Tensor,
+        t: torch.Tensor,
+        model_kwargs: dict[str, Any] | None,
+        conditioned: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """What the model is shown of x_0 in training, Chen et al. 2023, Algorithm 1, like ``x_t``.
+
+        For the ``conditioned`` samples what it predicts in a first pass, in [-1, 1], that has no
+        gradient; for the others zeros.
+        """
+        if conditioned is None:
+            conditioned = self.draw_conditioned(len(x_t))
+        x_self = torch.zeros_like(x_t)
+        rows = conditioned.nonzero().flatten().to(x_t.device)
+        if len(rows):
+            kwargs = {name: value[rows] for name, value in (model_kwargs or {}).items()}
+            kwargs["x_self"] = x_self[rows]
+            x_self[rows] = self.predict_xstart(model, x_t[rows], t[rows], model_kwargs=kwargs)
+        return x_self
 
     def _rescales(self) -> bool:
         return self.loss_type in (LossType.RESCALED_MSE, LossType.RESCALED_KL)
@@ -592,6 +663,8 @@ class GaussianDiffusion:
     ) -> dict[str, torch.Tensor]:
         """The bound's term at ``t`` for each sample.
 
+        The bound has no previous prediction: a self-conditioned model sees zeros.
+
         :return: ``output`` [N] in bits per dimension, and ``pred_xstart`` like ``x_t``.
         """
         reverse = self.p_mean_variance(
@@ -616,6 +689,8 @@ class GaussianDiffusion:
         noise_fn: NoiseFn = torch.randn_like,
     ) -> dict[str, torch.Tensor]:
         """The whole variational bound, one draw of the noise for every timestep.
+
+        A self-conditioned model sees zeros, as in :meth:`vb_terms_bpd`.
 
         :param noise_fn: draws standard normal noise of its argument's shape.
         :return: ``total_bpd`` [N], ``prior_bpd`` [N], and from the noisiest step on ``vb``,

@@ -75,6 +75,7 @@ def on_timesteps(diffusion: SpacedDiffusion, timesteps: Iterable[int]) -> Spaced
         model_var_type=diffusion.model_var_type,
         loss_type=diffusion.loss_type,
         rescale_timesteps=diffusion.rescale_timesteps,
+        self_condition=diffusion.self_condition,
     )
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from improved_diffusion import solvers
-from improved_diffusion.gaussian_diffusion import Model
+from improved_diffusion.gaussian_diffusion import Model, SamplingRun
 from improved_diffusion.respace import SpacedDiffusion, on_timesteps
 from improved_diffusion.seeds import derive_seed
 
@@ -119,10 +119,12 @@ def draw(
         timesteps = range(diffusion.num_timesteps)
     visited = list(reversed(timesteps))
     path = solvers.Path(diffusion.alphas_cumprod[visited])
+    run = SamplingRun(model, diffusion.self_condition)
 
     def denoise(x: torch.Tensor, i: int) -> torch.Tensor:
         t = torch.full((len(x),), visited[i], device=x.device)
-        return diffusion.predict_xstart(model, x, t, clip_denoised, kwargs)
+        run.prediction = diffusion.predict_xstart(run, x, t, clip_denoised, kwargs)
+        return run.prediction
 
     def steps() -> Iterator[int]:
         for i in range(len(path)):

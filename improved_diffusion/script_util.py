@@ -25,7 +25,7 @@ from improved_diffusion.gaussian_diffusion import (
     ModelVarType,
 )
 from improved_diffusion.respace import SpacedDiffusion, space_timesteps
-from improved_diffusion.unet import SuperResModel, UNetModel
+from improved_diffusion.unet import SelfConditionedModel, SuperResModel, UNetModel
 
 NUM_CLASSES = 1000
 
@@ -54,6 +54,7 @@ HELP = {
     "use_kl": "minimise the variational bound L_vlb instead of L_hybrid",
     "predict_xstart": "the network predicts the image instead of the noise",
     "predict_v": "the network predicts the velocity instead of the noise",
+    "self_condition": "the network also sees its previous prediction of the image",
     "rescale_timesteps": "tell the network the timesteps as floats from 0 to 1000",
     "rescale_learned_sigmas": "weight the bound's term by diffusion_steps / 1000",
     "large_size": "size of the images to make",
@@ -81,6 +82,7 @@ FIXED_BY_TRAINING = (
     "noise_schedule",
     "predict_xstart",
     "predict_v",
+    "self_condition",
     "rescale_timesteps",
 )
 
@@ -110,6 +112,7 @@ def model_and_diffusion_defaults() -> dict[str, Any]:
         "use_kl": False,
         "predict_xstart": False,
         "predict_v": False,
+        "self_condition": False,
         "rescale_timesteps": True,
         "rescale_learned_sigmas": True,
     }
@@ -118,7 +121,7 @@ def model_and_diffusion_defaults() -> dict[str, Any]:
 def sr_model_and_diffusion_defaults() -> dict[str, Any]:
     """The same for a super-resolution model, with two sizes instead of one."""
     flags = model_and_diffusion_defaults()
-    del flags["image_size"], flags["mask_encoding"]
+    del flags["image_size"], flags["mask_encoding"], flags["self_condition"]
     return {"large_size": 256, "small_size": 64, **flags}
 
 
@@ -147,6 +150,7 @@ def create_model_and_diffusion(
     predict_v: bool = False,
     num_classes: int = 0,
     mask_encoding: str = GREY,
+    self_condition: bool = False,
 ) -> tuple[UNetModel, GaussianDiffusion]:
     """A network and its process; the arguments are the flags of :data:`HELP`."""
     model = create_model(
@@ -165,6 +169,7 @@ def create_model_and_diffusion(
         channel_mult=channel_mult,
         num_classes=num_classes,
         mask_encoding=mask_encoding,
+        self_condition=self_condition,
     )
     diffusion = create_gaussian_diffusion(
         steps=diffusion_steps,
@@ -177,6 +182,7 @@ def create_model_and_diffusion(
         rescale_learned_sigmas=rescale_learned_sigmas,
         timestep_respacing=timestep_respacing,
         predict_v=predict_v,
+        self_condition=self_condition,
     )
     return model, diffusion
 
@@ -197,10 +203,12 @@ def create_model(
     channel_mult: str = "",
     num_classes: int = 0,
     mask_encoding: str = GREY,
+    self_condition: bool = False,
 ) -> UNetModel:
     """A network for images of ``in_channels`` channels, the mask among them encoded."""
     width = network_channels(mask_encoding, in_channels)
-    return UNetModel(
+    network = SelfConditionedModel if self_condition else UNetModel
+    return network(
         in_channels=width,
         model_channels=num_channels,
         out_channels=width * (2 if learn_sigma else 1),
@@ -365,6 +373,7 @@ def create_gaussian_diffusion(
     rescale_learned_sigmas: bool = False,
     timestep_respacing: str | Sequence[int] = "",
     predict_v: bool = False,
+    self_condition: bool = False,
 ) -> SpacedDiffusion:
     """A process; ``timestep_respacing`` as for :func:`respace.space_timesteps`, empty: all steps.
 
@@ -397,6 +406,7 @@ def create_gaussian_diffusion(
         model_var_type=var_type,
         loss_type=loss_type,
         rescale_timesteps=rescale_timesteps,
+        self_condition=self_condition,
     )
 
 
@@ -456,19 +466,20 @@ def load_model_and_diffusion(
                 f"{path} is {'no' if super_res else 'a'} super-resolution model; sample from it "
                 f"with {script}"
             )
-        trained = {"mask_encoding": GREY, **trained}  # also where it was not a flag yet
         claimed = preset_flags(preset, defaults) if preset not in ("", NO_PRESET) else {}
         if preset in RECIPES and brats.MASK_CHANNEL not in channels:
             claimed.pop("mask_encoding", None)
         for name in FIXED_BY_TRAINING:
             said = {**claimed, **given}.get(name)
-            if said is None or name not in trained or said == trained[name]:
+            # A checkpoint from before there was a flag was trained with its default.
+            there = trained.get(name, defaults.get(name))
+            if said is None or there is None or said == there:
                 continue
             if name != "num_classes" or said:
                 source = f"--{name} {said}" if name in given else f"--preset {preset}"
                 raise ValueError(
-                    f"{source} contradicts {path}, which was trained with --{name} "
-                    f"{trained[name]}; leave the flag out"
+                    f"{source} contradicts {path}, which was trained with --{name} {there}; "
+                    "leave the flag out"
                 )
         given = {name: value for name, value in given.items() if name != "num_classes" or value}
         flags = {name: {**defaults, **trained, **given}[name] for name in defaults}

@@ -450,16 +450,20 @@ class TrainLoop:
         self._global_batch = sum(counts)
         rank = dist_util.rank()
         first = sum(counts[:rank])
+        own = slice(first, first + n)
         if self.augmentation:
             # A stream of its own, so that timesteps and noise are those of a run without.
             seed = derive_seed(self.seed, "augmentation", self.step)
             drawn = self.augmentation.draw(self._global_batch, torch.Generator().manual_seed(seed))
-            batch, cond = self.augmentation.apply(batch, cond, drawn[first : first + n])
+            batch, cond = self.augmentation.apply(batch, cond, drawn[own])
         batch = self.encoding.encode(batch)
         # Drawn for the whole batch, so that its division does not change what is computed.
         t, weights = self.schedule_sampler.sample(self._global_batch, self.device)
         noise = torch.randn(self._global_batch, *batch.shape[1:], device=self.device)
-        t, weights, noise = (drawn[first : first + n] for drawn in (t, weights, noise))
+        conditioned = None
+        if getattr(self.diffusion, "self_condition", False):  # another process may not know it
+            conditioned = self.diffusion.draw_conditioned(self._global_batch)[own]
+        t, weights, noise = (drawn[own] for drawn in (t, weights, noise))
         if rank:  # dropout is to differ
             torch.manual_seed(derive_seed(self.seed, f"train {rank}", self.step))
 
@@ -468,7 +472,7 @@ class TrainLoop:
         terms: list[dict[str, torch.Tensor]] = []
         while not terms:
             try:
-                terms = self._accumulate(batch, cond, t, weights, noise)
+                terms = self._accumulate(batch, cond, t, weights, noise, conditioned)
             except RuntimeError as error:
                 # Several processes may have begun to add up their gradients.
                 several = dist_util.world_size() > 1
@@ -491,6 +495,7 @@ class TrainLoop:
         t: torch.Tensor,
         weights: torch.Tensor,
         noise: torch.Tensor,
+        conditioned: torch.Tensor | None,
     ) -> list[dict[str, torch.Tensor]]:
         """Add up the gradients of all microbatches; their loss terms.
 
@@ -501,6 +506,7 @@ class TrainLoop:
         for start in range(0, len(batch), self.microbatch):
             part = slice(start, start + self.microbatch)
             last = part.stop >= len(batch)
+            chosen = {} if conditioned is None else {"conditioned": conditioned[part]}
             with nullcontext() if last or self._parallel is None else self._parallel.no_sync():
                 losses = self.diffusion.training_losses(
                     self._forward,
@@ -509,6 +515,7 @@ class TrainLoop:
                     model_kwargs={name: value[part] for name, value in cond.items()},
                     noise=noise[part],
                     **self.named,
+                    **chosen,
                 )
                 # The sum over the microbatch by the size of the batch: its mean by its share.
                 loss = (losses["loss"] * weights[part]).sum() / whole
@@ -549,11 +556,14 @@ class TrainLoop:
 
     def _forward(self, *args: torch.Tensor, **kwargs: torch.Tensor) -> torch.Tensor:
         """The network's output, float32 as the losses need it."""
+        # The first pass of a self-conditioned network has no gradient to add up, and another number
+        # of images every time, for each of which compiled code would be made anew.
+        network = self.network if torch.is_grad_enabled() else self.model
         if isinstance(self.model, UNetModel):
-            return self.network(*args, **kwargs).float()
+            return network(*args, **kwargs).float()
         shorter = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=shorter):
-            return self.network(*args, **kwargs).float()
+            return network(*args, **kwargs).float()
 
     def _set_lr(self) -> None:
         lr = self.lr

@@ -427,3 +427,41 @@ class SuperResModel(UNetModel):
     def _with_low_res(x: torch.Tensor, low_res: torch.Tensor) -> torch.Tensor:
         upsampled = F.interpolate(low_res, x.shape[2:], mode="bilinear")
         return torch.cat([x, upsampled], dim=1)
+
+
+class SelfConditionedModel(UNetModel):
+    """A U-Net that also sees its previous prediction of the image it denoises.
+
+    Chen et al. 2023, "Analog Bits", section 3.2.
+
+    :param in_channels: channels of the image; the network's input has twice as many.
+    """
+
+    def __init__(self, in_channels: int, *args: object, **kwargs: object) -> None:
+        super().__init__(in_channels * 2, *args, **kwargs)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        y: torch.Tensor | None = None,
+        x_self: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Apply the network to ``x`` given ``x_self``, the previous prediction of x_0.
+
+        Both are [N, C, H, W]; ``None`` stands for zeros: nothing was predicted yet.
+        """
+        return super().forward(self._with_prediction(x, x_self), timesteps, y)
+
+    def get_feature_vectors(
+        self,
+        x: torch.Tensor,
+        timesteps: torch.Tensor,
+        y: torch.Tensor | None = None,
+        x_self: torch.Tensor | None = None,
+    ) -> dict[str, torch.Tensor | list[torch.Tensor]]:
+        return super().get_feature_vectors(self._with_prediction(x, x_self), timesteps, y)
+
+    @staticmethod
+    def _with_prediction(x: torch.Tensor, x_self: torch.Tensor | None) -> torch.Tensor:
+        return torch.cat([x, torch.zeros_like(x) if x_self is None else x_self], dim=1)

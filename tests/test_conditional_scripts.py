@@ -15,7 +15,7 @@ from test_scripts import NETWORK, refused, write_slices
 
 from improved_diffusion import checkpoint, logger
 from improved_diffusion.respace import respaced
-from improved_diffusion.sampling import SampleNoise
+from improved_diffusion.sampling import SampleNoise, choose_plan, draw, to_levels
 from improved_diffusion.script_util import load_model_and_diffusion
 from improved_diffusion.training_data import find_training_data
 
@@ -362,3 +362,42 @@ def test_bad_likelihood_flags(trained, slices, script, tmp_path):
     refused(script("image_nll", *argv, "--out_dir", slices), "already holds something")
     refused(script("image_nll", *argv, "--channels", "T1CE,Seg"), "trained on T1CE")
     refused(script("image_nll", *argv[:-1], tmp_path / "none"), "there is no folder")
+
+
+def test_a_self_conditioned_model(slices, script, tmp_path):
+    """With classes: continued as if never stopped, and sampled as by hand."""
+    argv = ["--data_dir", slices, "--channels", "T1CE", "--class_cond", "True", *NETWORK, *TRAIN]
+    argv += ["--self_condition", "True", "--eval_interval", 0, "--sample_interval", 1]
+    argv += ["--lr", 0.05, "--predict_v", "True"]  # so that two steps teach it something
+    assert script("image_train", *argv, "--dry_run", "True", "--max_steps", 2)[0] == 0
+    for run, steps in (("whole", [2]), ("parts", [1, 2])):
+        for step in steps:
+            own = ["--max_steps", step, "--out_dir", tmp_path / run]
+            own += ["--resume_checkpoint", "latest"]
+            status, _, error = script("image_train", *argv, *own)
+            assert status == 0, error
+    for name in ("ema_0.9_000002.pt", "previews/step000002.png"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "parts" / name).read_bytes()
+
+    path = tmp_path / "whole" / "model000002.pt"
+    sample = ["--model_path", path, "--num_samples", 4, "--seed", 3, "--precision", "fp32"]
+    sample += ["--sampler", "heun", "--sampling_steps", 3, "--sample_dir", tmp_path / "samples"]
+    status, _, error = script("image_sample", *sample)
+    assert status == 0, error
+    loaded = load_model_and_diffusion(str(path))
+    plan = choose_plan(loaded.diffusion, sampler="heun", steps=3)
+    model = loaded.model.eval()
+    drawn = np.load(tmp_path / "samples" / "samples_4x32x32x1.npz")["arr_0"].astype(int)
+
+    def difference(network):
+        by_hand = draw(
+            *(network, loaded.diffusion, range(4), (1, 32, 32)),
+            **{"seed": 3, "device": "cpu", "sampler": "heun", "timesteps": plan.timesteps},
+            model_kwargs={"y": torch.tensor([0, 1, 0, 1])},
+        )
+        return np.abs(drawn - to_levels(by_hand)).max()
+
+    assert difference(model) <= 1
+    assert difference(lambda x, t, y, x_self: model(x, t, y)) > 10
+    other = script("image_sample", *sample[:-1], tmp_path / "no", "--self_condition", "False")
+    refused(other, "--self_condition False contradicts", "--self_condition True")

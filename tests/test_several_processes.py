@@ -82,7 +82,9 @@ def test_two_processes_compute_what_one_does(tmp_path):
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for rank, own in enumerate(both):
         assert close(own["gradient"], one["gradient"])
-        assert close(own["weights"], one["weights"])
+        # Adam takes whole steps along the rounding of gradients that are 0, as those of biases are
+        # that a normalisation takes away again.
+        assert close(own["weights"], one["weights"], 3e-5)
         assert close(own["history"]["history"], one["history"]["history"])
         assert torch.equal(own["history"]["counts"], one["history"]["counts"])
         assert own["samples"] == one["samples"] == together.IMAGES * together.STEPS

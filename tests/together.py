@@ -19,6 +19,7 @@ FLAGS = {
     "class_cond": True,
     "num_classes": 3,
     "use_checkpoint": True,
+    "self_condition": True,
 }
 
 
