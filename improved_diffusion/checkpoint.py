@@ -4,7 +4,11 @@ A run's checkpoint at step S (the number of completed optimizer steps) is a set 
 
     model{S:06d}.pt             the weights
     ema_{rate}_{S:06d}.pt       their moving averages, one file for each rate
+    ema_p{length}_{S:06d}.pt    their power averages (:mod:`improved_diffusion.power_ema`), if any
     opt{S:06d}.pt               the optimizer's state and all else that continuing needs
+
+The power averages are also snapshots, from which averages of other lengths are made after the
+training; so they may stand at more steps than the rest, and stay when the rest is thinned out.
 
 Weight files are plain state dicts, as openai/improved-diffusion writes and reads them. What the
 weights alone don't tell (flags, channel names, step) travels in the state dict's ``_metadata``,
@@ -44,7 +48,8 @@ SUPERSEDED = "superseded"
 LOCK = ".lock"
 _STEP = re.compile(r"(\d+)\.pt$")
 _MODEL = re.compile(r"^model(\d{6,})\.pt$")
-_RUN_FILE = re.compile(r"^(model|opt|ema_[0-9.e-]+_)(\d{6,})\.pt$")
+_SNAPSHOT = re.compile(r"^ema_p(0\.\d+)_(\d{6,})\.pt$")
+_RUN_FILE = re.compile(r"^(model|opt|ema_(?:p|posthoc_)?[0-9.e-]+_)(\d{6,})\.pt$")
 
 
 def model_name(step: int) -> str:
@@ -55,6 +60,16 @@ def model_name(step: int) -> str:
 def ema_name(rate: float, step: int) -> str:
     """File name of the moving average with ``rate`` at ``step``."""
     return f"ema_{rate}_{step:06d}.pt"
+
+
+def snapshot_name(sigma_rel: float, step: int) -> str:
+    """File name of the power average of relative length ``sigma_rel`` at ``step``."""
+    return f"ema_p{sigma_rel}_{step:06d}.pt"
+
+
+def posthoc_name(sigma_rel: float, step: int) -> str:
+    """File name of a power average that was made from others after the training."""
+    return f"ema_posthoc_{sigma_rel}_{step:06d}.pt"
 
 
 def opt_name(step: int) -> str:
@@ -237,22 +252,30 @@ def sibling(path: str, name: str) -> str:
     return bf.join(bf.dirname(path) or ".", name)
 
 
-def verify(path: str, ema_rates: Iterable[float] = ()) -> None:
+def verify(path: str, ema_rates: Iterable[float] = (), sigma_rels: Iterable[float] = ()) -> None:
     """See that the model file ``path`` and what belongs to it are there and undamaged.
 
     :param ema_rates: rates of the averages that are needed.
+    :param sigma_rels: lengths of the power averages that are needed.
     :raises ValueError: naming the file that is not, and what to do.
     """
     weights = load_weights(path)
     metadata = metadata_of(weights)
     step = step_of(path, metadata)
     recorded = metadata.get("files", {})
-    for name in dict.fromkeys([*recorded, *(ema_name(rate, step) for rate in ema_rates)]):
+    needed = {
+        **{ema_name(rate, step): "its rate out of --ema_rate" for rate in ema_rates},
+        **{
+            snapshot_name(length, step): "its length out of --ema_sigma_rel"
+            for length in sigma_rels
+        },
+    }
+    for name in dict.fromkeys([*recorded, *needed]):
         beside = sibling(path, name)
         if not bf.exists(beside):
             advice = "restore it"
-            if name in (ema_name(rate, step) for rate in ema_rates):
-                advice += ", or leave its rate out of --ema_rate"
+            if name in needed:
+                advice += f", or leave {needed[name]}"
             raise ValueError(f"{beside} is missing beside {path}; {advice}")
         if name in recorded and sha256(beside) != recorded[name]:
             raise ValueError(
@@ -275,6 +298,14 @@ def complete_steps(folder: str) -> list[int]:
     names = set(_names_in(folder))
     steps = sorted(int(match.group(1)) for name in names if (match := _MODEL.match(name)))
     return [step for step in steps if opt_name(step) in names]
+
+
+def snapshots(folder: str) -> list[tuple[int, float]]:
+    """Ascending steps and lengths of the power averages in ``folder``."""
+    if not bf.isdir(folder):
+        return []
+    found = map(_SNAPSHOT.match, _names_in(folder))
+    return sorted((int(match.group(2)), float(match.group(1))) for match in found if match)
 
 
 def holds_run(folder: str) -> bool:
@@ -387,13 +418,18 @@ def to_thin_out(steps: Sequence[int], keep: int) -> list[int]:
 
 
 def thin_out(folder: str, keep: int) -> list[int]:
-    """Remove complete checkpoints from ``folder`` as :func:`to_thin_out` says; their steps."""
+    """Remove complete checkpoints from ``folder`` as :func:`to_thin_out` says; their steps.
+
+    Power averages stay, those that were made after the training included.
+    """
     removed = to_thin_out(complete_steps(folder), keep)
     for step in removed:
         names = [
             name
             for name in _names_in(folder)
-            if (match := _RUN_FILE.match(name)) and int(match.group(2)) == step
+            if (match := _RUN_FILE.match(name))
+            and int(match.group(2)) == step
+            and not name.startswith("ema_p")
         ]
         # The model's file first: without it the others are no checkpoint, whatever happens now.
         for name in sorted(names, key=lambda name: not _MODEL.match(name)):

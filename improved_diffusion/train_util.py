@@ -20,7 +20,16 @@ import blobfile as bf
 import torch
 from torch.optim import AdamW
 
-from improved_diffusion import checkpoint, cli, dist_util, execution, figures, logger, sampling
+from improved_diffusion import (
+    checkpoint,
+    cli,
+    dist_util,
+    execution,
+    figures,
+    logger,
+    power_ema,
+    sampling,
+)
 from improved_diffusion.augmentation import Augmentation
 from improved_diffusion.cost import (
     free_memory,
@@ -160,6 +169,10 @@ class TrainLoop:
     :param seed: from it derive the timesteps, the noise and dropout of every step.
     :param ema_warmup: limit each average's rate at update n (from 0) to (1 + n) / (10 + n), so
         that it forgets the untrained weights.
+    :param ema_sigma_rel: relative lengths of power averages kept beside the others, separated by
+        commas, see :mod:`improved_diffusion.power_ema`; empty: none.
+    :param ema_snapshot_interval: write these averages alone every so many steps, beside those of
+        the checkpoints; 0: don't.
     :param sample_interval: write ``preview`` every so many steps; 0: never.
     :param eval_interval: log the measures of ``evaluation``, which process 0 alone needs, every so
         many steps; 0: never.
@@ -208,6 +221,8 @@ class TrainLoop:
         max_steps: int = 0,
         seed: int = 0,
         ema_warmup: bool = True,
+        ema_sigma_rel: str = "",
+        ema_snapshot_interval: int = 0,
         sample_interval: int = 0,
         preview: Preview | None = None,
         eval_interval: int = 0,
@@ -241,6 +256,9 @@ class TrainLoop:
         self.keep_checkpoints = keep_checkpoints
         self.files_at = files_at
         self.ema_rate = parse_ema_rates(ema_rate)
+        self.sigma_rels = power_ema.parse_sigma_rels("--ema_sigma_rel", ema_sigma_rel)
+        self.gammas = [power_ema.gamma_of(sigma_rel) for sigma_rel in self.sigma_rels]
+        self.ema_snapshot_interval = ema_snapshot_interval if self.sigma_rels else 0
         self.log_interval = log_interval
         self.save_interval = save_interval
         self.schedule_sampler = schedule_sampler or UniformSampler(diffusion)
@@ -292,6 +310,7 @@ class TrainLoop:
         else:
             dist_util.sync_params(self.params)
             self.ema_params = [[p.detach().clone() for p in self.params] for _ in self.ema_rate]
+            self.power_params = [[p.detach().clone() for p in self.params] for _ in self.gammas]
             if restart:
                 dist_util.on_first(lambda: self._begin_after(-1))
         self._first_step = self._saved_step = self.step
@@ -392,6 +411,9 @@ class TrainLoop:
                     f"step {self.step} is not saved: {error}. Training goes on, and saving is "
                     f"tried again at step {self._retry_at}"
                 )
+        interval = self.ema_snapshot_interval
+        if interval and self.step % interval == 0 and self.step != self._saved_step:
+            dist_util.on_first(self.write_snapshots)
 
     def _last_step(self) -> int:
         """The step at which the run ends by itself; 0: it doesn't."""
@@ -431,6 +453,8 @@ class TrainLoop:
             if self.ema_warmup:
                 rate = min(rate, (1 + self.step) / (10 + self.step))
             update_ema(averages, self.params, rate=rate)
+        for gamma, averages in zip(self.gammas, self.power_params):
+            update_ema(averages, self.params, rate=power_ema.rate(self.step + 1, gamma))
         self.step += 1
         self.samples += self._global_batch
 
@@ -528,15 +552,16 @@ class TrainLoop:
     def _choose_microbatch(self, batch: torch.Tensor, cond: dict[str, torch.Tensor]) -> None:
         """Take as many images at once as the free memory holds by the network's cost."""
         shapes = {name: tuple(value.shape[1:]) for name, value in cond.items()}
+        averages = len(self.ema_rate) + len(self.sigma_rels)
         cost = training_cost(
             self.model,
             tuple(batch.shape[1:]),
             dtype=self.dtype,
-            averages=len(self.ema_rate),
+            averages=averages,
             model_kwargs=shapes,
         )
         # The parameters and their averages are there already.
-        reserved = cost.state_bytes - 4 * cost.parameters * (1 + len(self.ema_rate))
+        reserved = cost.state_bytes - 4 * cost.parameters * (1 + averages)
         free = free_memory(self.device)
         own = largest_microbatch(cost.image_bytes, reserved, free, len(batch))
         self.microbatch = min(size for (size,) in dist_util.gather(own))
@@ -669,6 +694,8 @@ class TrainLoop:
                 name = checkpoint.ema_name(rate, self.step)
                 weights = self._weights(averages, {"ema_rate": rate})
                 files[name] = checkpoint.save(weights, bf.join(folder, name))
+            for name, weights in self._snapshots():
+                files[name] = checkpoint.save(weights, bf.join(folder, name))
             name = checkpoint.opt_name(self.step)
             state = {**self.opt.state_dict(), "training": training}
             files[name] = checkpoint.save(state, bf.join(folder, name))
@@ -692,6 +719,22 @@ class TrainLoop:
             if removed:
                 logger.log(f"removed the checkpoint of step {', '.join(map(str, removed))}")
         return ""
+
+    def write_snapshots(self) -> None:
+        """Write the power averages alone. Where that fails, training goes on without."""
+        folder = get_blob_logdir()
+        try:
+            self._check_place()
+            for name, weights in self._snapshots():
+                checkpoint.save(weights, bf.join(folder, name))
+        except OSError as error:
+            logger.warn(f"the snapshot of the averages at step {self.step} is left out: {error}")
+
+    def _snapshots(self) -> Iterator[tuple[str, OrderedDict[str, torch.Tensor]]]:
+        """File names and contents of the power averages."""
+        for sigma_rel, averages in zip(self.sigma_rels, self.power_params):
+            name = checkpoint.snapshot_name(sigma_rel, self.step)
+            yield name, self._weights(averages, {"sigma_rel": sigma_rel})
 
     def _weights(
         self, params: Sequence[torch.Tensor], about: dict[str, Any]
@@ -724,25 +767,21 @@ class TrainLoop:
         self.step = checkpoint.step_of(path, checkpoint.metadata_of(weights))
         checkpoint.load_into(self.model, weights, path)
 
-        names = [name for name, _ in self.model.named_parameters()]
-        self.ema_params = []
-        for rate in self.ema_rate:
-            ema_path = checkpoint.sibling(path, checkpoint.ema_name(rate, self.step))
-            if not bf.exists(ema_path):
-                raise ValueError(
-                    f"{ema_path} is missing beside {path}; restore it, or leave {rate} out of "
-                    "--ema_rate"
-                )
-            averages = checkpoint.load_weights(ema_path, self.device)
-            own = checkpoint.metadata_of(averages).get("step", self.step)
-            if own != self.step or averages.keys() != weights.keys():
-                raise ValueError(
-                    f"{ema_path} does not belong to {path}: it is of step {own} of "
-                    "another run; restore the files that were saved together"
-                )
-            self.ema_params.append(
-                [_laid_out_as(p, averages[name]) for name, p in zip(names, self.params)]
+        self.ema_params = [
+            self._read_average(
+                path, checkpoint.ema_name(rate, self.step), weights, f"{rate} out of --ema_rate"
             )
+            for rate in self.ema_rate
+        ]
+        self.power_params = [
+            self._read_average(
+                path,
+                checkpoint.snapshot_name(sigma_rel, self.step),
+                weights,
+                f"{sigma_rel} out of --ema_sigma_rel",
+            )
+            for sigma_rel in self.sigma_rels
+        ]
 
         opt_path = checkpoint.sibling(path, checkpoint.opt_name(self.step))
         state = checkpoint.load(opt_path, self.device)
@@ -776,6 +815,28 @@ class TrainLoop:
             self.schedule_sampler.load_state_dict(training["schedule_sampler"])
         logger.log(f"resuming from {path} at step {self.step}")
         dist_util.on_first(lambda: self._begin_after(self.step))
+
+    def _read_average(
+        self, path: str, name: str, weights: OrderedDict[str, torch.Tensor], without: str
+    ) -> list[torch.Tensor]:
+        """The average in the file ``name`` beside the model file ``path``, which held ``weights``.
+
+        :param without: how to do without it, for the message.
+        """
+        ema_path = checkpoint.sibling(path, name)
+        if not bf.exists(ema_path):
+            raise ValueError(f"{ema_path} is missing beside {path}; restore it, or leave {without}")
+        averages = checkpoint.load_weights(ema_path, self.device)
+        own = checkpoint.metadata_of(averages).get("step", self.step)
+        if own != self.step or averages.keys() != weights.keys():
+            raise ValueError(
+                f"{ema_path} does not belong to {path}: it is of step {own} of "
+                "another run; restore the files that were saved together"
+            )
+        return [
+            _laid_out_as(p, averages[name])
+            for (name, _), p in zip(self.model.named_parameters(), self.params)
+        ]
 
     def _begin_after(self, step: int) -> None:
         """Put aside what a run wrote past ``step``, which is done again."""

@@ -22,6 +22,7 @@ from improved_diffusion.cost import free_memory, largest_microbatch, training_co
 from improved_diffusion.encodings import GREY, MaskEncoding
 from improved_diffusion.evaluation.in_training import Evaluation
 from improved_diffusion.fp16_util import allow_tf32, choose_precision, precision_name
+from improved_diffusion.power_ema import parse_sigma_rels
 from improved_diffusion.resample import NAMES, create_named_schedule_sampler
 from improved_diffusion.respace import SpacedDiffusion, respaced
 from improved_diffusion.script_util import (
@@ -81,6 +82,15 @@ TRAINING_FLAGS: dict[str, tuple[Any, str]] = {
     ),
     "ema_rate": ("0.9999", "rates of the averaged models, separated by commas"),
     "ema_warmup": (True, "let the averages forget the untrained weights in the first steps"),
+    "ema_sigma_rel": (
+        "",
+        "also keep averages whose length is a share of the training, e.g. 0.05,0.10, from which "
+        "ema_posthoc.py makes those of other lengths; empty: none",
+    ),
+    "ema_snapshot_interval": (
+        0,
+        "steps between snapshots of these averages alone, beside those of the checkpoints; 0: none",
+    ),
     "precision": (
         "auto",
         "type in which the network computes: fp32, bf16 or fp16, or auto: bf16 on GPUs that have "
@@ -98,7 +108,7 @@ TRAINING_FLAGS: dict[str, tuple[Any, str]] = {
     "keep_checkpoints": (
         0,
         "thin out checkpoints to so many in all: the two newest, and others spread evenly over "
-        "the run; 0: keep all",
+        "the run; snapshots of --ema_sigma_rel stay; 0: keep all",
     ),
     "sample_interval": (10_000, "steps between preview pictures; 0: none"),
     "sample_respacing": ("100", "timesteps of the previews' sampling, as --timestep_respacing"),
@@ -201,8 +211,9 @@ def _train(flags: dict[str, Any], given: dict[str, Any], super_res: bool, held: 
     allow_tf32(args.tf32)
     microbatch = parse_microbatch(args.microbatch)
     rates = parse_ema_rates(args.ema_rate)
+    sigma_rels = parse_sigma_rels("--ema_sigma_rel", args.ema_sigma_rel)
     if resume and asked != "latest":  # which has been verified
-        dist_util.on_first(lambda: checkpoint.verify(resume, rates))
+        dist_util.on_first(lambda: checkpoint.verify(resume, rates, sigma_rels))
     batches = data.batches(
         args.batch_size,
         size,
@@ -231,7 +242,9 @@ def _train(flags: dict[str, Any], given: dict[str, Any], super_res: bool, held: 
     if evaluates and dist_util.rank() == 0:
         evaluation = _evaluation(args, diffusion, data, encoding, size)
     parameters = sum(p.numel() for p in model.parameters())
-    disk = dist_util.on_first(lambda: _disk_need(args, parameters, len(rates), step))
+    disk = dist_util.on_first(
+        lambda: _disk_need(args, parameters, len(rates), len(sigma_rels), step)
+    )
     if not existed:
         dist_util.on_first(take_folder)
     logger.configure(out_dir, None if dist_util.rank() == 0 else [])
@@ -261,6 +274,8 @@ def _train(flags: dict[str, Any], given: dict[str, Any], super_res: bool, held: 
         max_steps=args.max_steps,
         seed=args.seed,
         ema_warmup=args.ema_warmup,
+        ema_sigma_rel=args.ema_sigma_rel,
+        ema_snapshot_interval=args.ema_snapshot_interval,
         sample_interval=args.sample_interval,
         preview=preview,
         eval_interval=args.eval_interval if evaluates else 0,
@@ -299,17 +314,22 @@ def _train(flags: dict[str, Any], given: dict[str, Any], super_res: bool, held: 
         logger.log(f"finished at step {loop.step}")
 
 
-def _disk_need(args: argparse.Namespace, parameters: int, averages: int, step: int) -> str:
+def _disk_need(
+    args: argparse.Namespace, parameters: int, averages: int, lengths: int, step: int
+) -> str:
     """What the run's checkpoints will take, in words.
 
+    :param lengths: how many power averages there are, whose snapshots stay.
     :raises ValueError: the disk holds not even one.
     """
-    size = checkpoint.size_in_bytes(parameters, averages)
+    size = checkpoint.size_in_bytes(parameters, averages + lengths)
+    snapshot = 4 * parameters * lengths
     last = min((end for end in (args.max_steps, args.lr_anneal_steps) if end), default=0)
-    number = None
+    number = written = None
+    left = max(last - step, 0)
     if last:
-        left = max(last - step, 0)
-        number = max(1, math.ceil(left / args.save_interval)) if args.save_interval else 1
+        written = max(1, math.ceil(left / args.save_interval)) if args.save_interval else 1
+        number = written
     if args.keep_checkpoints:
         # One more for a moment: the oldest goes when the newest is complete.
         number = min(number or math.inf, args.keep_checkpoints + 1)
@@ -319,6 +339,12 @@ def _disk_need(args: argparse.Namespace, parameters: int, averages: int, step: i
         text += f", {number} of them {_in_words(number * size)}"
     elif args.save_interval:
         text += f", one every {args.save_interval} steps"
+    beside = 0
+    if lengths and written:
+        beside = written - number + _between(args.ema_snapshot_interval, args.save_interval, left)
+        text += f", and {beside} snapshots {_in_words(beside * snapshot)}" if beside else ""
+    elif lengths:
+        text += f"; {_in_words(snapshot)} of it are a snapshot, which stays"
     if free is None:
         return text
     if free < size:
@@ -327,9 +353,17 @@ def _disk_need(args: argparse.Namespace, parameters: int, averages: int, step: i
             "room, or choose another folder"
         )
     text += f"; {_in_words(free)} are free"
-    if number and number * size > free:
+    if number and number * size + beside * snapshot > free:
         text += ", which is NOT ENOUGH: see --keep_checkpoints and --save_interval"
     return text
+
+
+def _between(interval: int, save_interval: int, steps: int) -> int:
+    """How many multiples of ``interval`` up to ``steps`` are none of ``save_interval``."""
+    if not interval:
+        return 0
+    both = math.lcm(interval, save_interval)
+    return steps // interval - (steps // both if both else 0)
 
 
 def _in_words(size: float) -> str:
@@ -456,6 +490,7 @@ def _print_cost(
         shapes["low_res"] = (data.in_channels, low_res_size, low_res_size)
     model.compute_dtype = dtype
     averages = len(parse_ema_rates(args.ema_rate))
+    averages += len(parse_sigma_rels("--ema_sigma_rel", args.ema_sigma_rel))
     cost = training_cost(
         model, (encoding.width, size, size), dtype=dtype, averages=averages, model_kwargs=shapes
     )
@@ -483,6 +518,11 @@ def _check_numbers(args: argparse.Namespace) -> None:
             raise ValueError(f"--use_fp16 True contradicts --precision {args.precision}")
         args.precision = "fp16"
     checkpoint.check_keep(args.keep_checkpoints)
+    if args.ema_snapshot_interval and not args.ema_sigma_rel:
+        raise ValueError(
+            f"--ema_snapshot_interval {args.ema_snapshot_interval}: there is nothing to write "
+            "without --ema_sigma_rel, such as 0.05,0.10"
+        )
     if args.eval_interval and args.eval_samples < 3:
         raise ValueError(f"--eval_samples {args.eval_samples}: give 3 or more")
     for flag in ("log_interval", "lr", "fp16_scale_growth", "max_skipped_steps"):
@@ -497,6 +537,7 @@ def _check_numbers(args: argparse.Namespace) -> None:
         "save_interval",
         "sample_interval",
         "eval_interval",
+        "ema_snapshot_interval",
         "num_workers",
     ):
         if not vars(args)[flag] >= 0:

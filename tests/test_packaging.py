@@ -55,6 +55,7 @@ def number_or_text(text):
         ("segmentation_eval", "Does it help?"),
         ("super_res_train", "Training"),
         ("super_res_sample", ""),
+        ("ema_posthoc", ""),
         ("brats_prepare", "Your BraTS data in five commands"),
         ("brats_phantom", ""),
     ],

@@ -477,7 +477,7 @@ def test_from_scans_to_samples(tmp_path):
     "name",
     [
         *("image_train", "image_sample", "image_nll", "super_res_train", "super_res_sample"),
-        *("brats_prepare", "brats_phantom"),
+        *("brats_prepare", "brats_phantom", "ema_posthoc"),
     ],
 )
 def test_every_flag_is_explained(script, name):
