@@ -71,11 +71,14 @@ ARMS = {
     "report": Arm(REPORT),
     "report, 250 steps": Arm(sampling="ancestral:250", trained_as="report"),
     "noise": Arm("--learn_sigma False --sigma_small True"),
-    "velocity": Arm(VELOCITY),
-    "velocity, learned variance": Arm("--predict_v True --learn_sigma True"),
     "image": Arm("--predict_xstart True --learn_sigma False --sigma_small True"),
+    "velocity": Arm(VELOCITY),
     "cosine": Arm(f"{VELOCITY} --noise_schedule cosine"),
-    "dropout": Arm(f"{VELOCITY} --dropout 0.1"),
+    "bits": Arm(f"{VELOCITY} --mask_encoding bits"),
+    "one-hot": Arm(f"{VELOCITY} --mask_encoding onehot"),
+    "distances": Arm(f"{VELOCITY} --mask_encoding sdf"),
+    "self-conditioned": Arm(f"{VELOCITY} --self_condition True"),
+    "augmented": Arm(f"{VELOCITY} --augment 0.5"),
     "annealed": Arm(f"{VELOCITY} --lr_anneal_steps {{steps}}"),
 }
 
