@@ -2,6 +2,7 @@
 
 Nichol & Dhariwal 2021, section 2: the variational bound L_vlb, Eqs. 4 to 7, in bits per dimension.
 The last step's likelihood is that of an 8-bit level, so images must hold whole levels.
+An encoded mask (:mod:`improved_diffusion.encodings`) holds the lowest and the highest.
 
 Shapes: N images, C channels, H height, W width, T timesteps.
 """

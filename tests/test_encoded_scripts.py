@@ -11,16 +11,13 @@ from test_conditional_scripts import SIZES, pictures, script  # noqa: F401 (fixt
 from test_scripts import TRAIN, refused, write_slices
 from test_train_util import make, unet_loop
 
+from benchmarks import sampling_quality
 from improved_diffusion import checkpoint, dist_util, figures, logger, sampling
 from improved_diffusion.augmentation import Augmentation
 from improved_diffusion.encodings import MaskEncoding
 from improved_diffusion.respace import respaced
 from improved_diffusion.sampling import SampleNoise
-from improved_diffusion.script_util import (
-    create_model_and_diffusion,
-    load_model_and_diffusion,
-    model_and_diffusion_defaults,
-)
+from improved_diffusion.script_util import load_model_and_diffusion
 from improved_diffusion.seeds import derive_seed
 from improved_diffusion.training_data import find_training_data
 
@@ -156,14 +153,8 @@ def test_a_checkpoint_from_before_the_flag_is_grey(tmp_path):
 
 def test_likelihood_of_the_encoded_channels(slices, script, tmp_path):  # noqa: F811
     def save(name):
-        flags = {**model_and_diffusion_defaults(), **untrained.FLAGS, "image_size": 32}
-        flags.update(mask_encoding=name, diffusion_steps=4)
-        torch.manual_seed(0)
-        model, _ = create_model_and_diffusion(**flags)
-        about = {"flags": flags, "channels": ["Seg", "T1CE"], "step": 1}
-        path = str(tmp_path / f"{name}.pt")
-        checkpoint.save(checkpoint.with_metadata(model.state_dict(), about), path)
-        return path
+        flags = {"mask_encoding": name, "image_size": 32, "diffusion_steps": 4}
+        return untrained.save(tmp_path / f"{name}.pt", ["Seg", "T1CE"], **flags)
 
     argv = ["--data_dir", slices, "--num_samples", 1, "--out_dir", tmp_path / "nll"]
     result = script("image_nll", "--model_path", save("sdf"), *argv)
@@ -180,6 +171,29 @@ def test_likelihood_of_the_encoded_channels(slices, script, tmp_path):  # noqa: 
         found.model.eval(), encoded, noise_fn=SampleNoise(0, range(1), "cpu")
     )
     assert bits == pytest.approx(out["total_bpd"].item(), rel=1e-5)
+
+
+def test_quality_of_samplers_counts_before_decoding(tmp_path):
+    path = untrained.save(tmp_path / "model.pt", ["FLAIR", "Seg"], mask_encoding="bits")
+    found, sets = load_model_and_diffusion(path), [("ancestral", 3, "uniform")]
+    argv = ["--model_path", path, "--data_dir", "", "--out_dir", "", "--num_samples", "5"]
+    args = sampling_quality.create_argparser().parse_args([*argv, "--precision", "fp32"])
+    sampling_quality.draw_missing(found, sets, tmp_path, args)
+    levels = np.load(tmp_path / "ancestral_3_uniform.npy")
+    assert levels.shape == (5, 16, 16, 2) and set(np.unique(levels[..., 1])) == {0, 51, 102, 204}
+    row = sampling_quality.measure(sets, tmp_path, (levels, levels), ["FLAIR", "Seg"])[-1]
+
+    raw = sampling.draw(
+        found.model.eval(),
+        found.diffusion,
+        range(5),
+        (3, 16, 16),
+        seed=0,
+        device="cpu",
+        timesteps=sampling.choose_plan(found.diffusion, sampler="ancestral", steps=3).timesteps,
+    )
+    off = ((raw[:, 1:].abs() - 1).abs() > 12 / 127.5).any(dim=1).float().mean()
+    assert row["off_code_share"]["value"] == pytest.approx(off.item()) and off > 0
 
 
 # The training step

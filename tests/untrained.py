@@ -18,12 +18,13 @@ FLAGS = {
 }
 
 
-def save(path, channels):
+def save(path, channels, **changes):
     """Write a model of these flags with random weights; gives the path as text."""
     torch.manual_seed(0)
-    model, _ = create_model_and_diffusion(**FLAGS)
+    flags = {**FLAGS, **changes}
+    model, _ = create_model_and_diffusion(**flags)
     for p in model.parameters():  # the last layers start at zero
         torch.nn.init.normal_(p, std=0.1)
-    metadata = {"flags": FLAGS, "channels": channels, "step": 3}
+    metadata = {"flags": flags, "channels": channels, "step": 3}
     checkpoint.save(checkpoint.with_metadata(model.state_dict(), metadata), str(path))
     return str(path)
