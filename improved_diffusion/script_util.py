@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,17 +16,22 @@ from improved_diffusion.architecture import (
     complete_flags,
     parse_numbers,
     preset_flags,
+    same_value,
 )
 from improved_diffusion.gaussian_diffusion import (
+    NOT_FROM_NOISE,
     GaussianDiffusion,
     LossType,
     ModelMeanType,
     ModelVarType,
 )
+from improved_diffusion.losses import MIN_SNR_GAMMA, SIGMOID_BIAS, UNIFORM, WEIGHTINGS
 from improved_diffusion.respace import SpacedDiffusion, space_timesteps
 from improved_diffusion.unet import SuperResModel, UNetModel
 
 NUM_CLASSES = 1000
+AUTO = "auto"
+SIGMA_GRADIENTS = (AUTO, "full", "head")
 
 HELP = {
     "in_channels": "channels of the images; by default as many as --channels names",
@@ -46,6 +52,9 @@ HELP = {
     "sigma_small": "without --learn_sigma: the posterior's variance instead of beta",
     "diffusion_steps": "timesteps of the process",
     "noise_schedule": f"how noise grows over the timesteps: {', '.join(schedules.NAMES)}",
+    "snr_shift": "multiply the schedule's signal-to-noise ratio by this number; auto: by "
+    "(64 / image size)^2, which adds the noise that larger images need",
+    "zero_terminal_snr": "let the schedule end in pure noise, with --predict_v or --predict_xstart",
     "timestep_respacing": "use fewer timesteps: 250, or 10,15,20 for sections, or ddim50; "
     "empty: all",
     "use_kl": "minimise the variational bound L_vlb instead of L_hybrid",
@@ -53,6 +62,12 @@ HELP = {
     "predict_v": "the network predicts the velocity instead of the noise",
     "rescale_timesteps": "tell the network the timesteps as floats from 0 to 1000",
     "rescale_learned_sigmas": "weight the bound's term by diffusion_steps / 1000",
+    "loss_weighting": "how the squared error is weighted over the timesteps: "
+    f"{', '.join(WEIGHTINGS)}; uniform is not at all, the others are the same whatever the network "
+    "predicts",
+    "min_snr_gamma": "of --loss_weighting min_snr: where the weight stops to grow",
+    "sigma_gradient": "what the bound trains to learn the variance: full: the whole network; head: "
+    "the variance's rows of the last layer; auto: head with --predict_xstart, else full",
     "large_size": "size of the images to make",
     "small_size": "size of the images to start from",
 }
@@ -78,7 +93,11 @@ FIXED_BY_TRAINING = (
     "predict_xstart",
     "predict_v",
     "rescale_timesteps",
+    "snr_shift",
+    "zero_terminal_snr",
 )
+# Checkpoints from before these flags were trained with their defaults.
+LATER_FLAGS = ("snr_shift", "zero_terminal_snr")
 
 
 def model_and_diffusion_defaults() -> dict[str, Any]:
@@ -101,12 +120,17 @@ def model_and_diffusion_defaults() -> dict[str, Any]:
         "sigma_small": False,
         "diffusion_steps": 1000,
         "noise_schedule": "linear",
+        "snr_shift": "1",
+        "zero_terminal_snr": False,
         "timestep_respacing": "",
         "use_kl": False,
         "predict_xstart": False,
         "predict_v": False,
         "rescale_timesteps": True,
         "rescale_learned_sigmas": True,
+        "loss_weighting": UNIFORM,
+        "min_snr_gamma": MIN_SNR_GAMMA,
+        "sigma_gradient": AUTO,
     }
 
 
@@ -141,6 +165,11 @@ def create_model_and_diffusion(
     channel_mult: str = "",
     predict_v: bool = False,
     num_classes: int = 0,
+    snr_shift: str = "1",
+    zero_terminal_snr: bool = False,
+    loss_weighting: str = UNIFORM,
+    min_snr_gamma: float = MIN_SNR_GAMMA,
+    sigma_gradient: str = AUTO,
 ) -> tuple[UNetModel, GaussianDiffusion]:
     """A network and its process; the arguments are the flags of :data:`HELP`."""
     model = create_model(
@@ -158,6 +187,7 @@ def create_model_and_diffusion(
         in_channels=in_channels,
         channel_mult=channel_mult,
         num_classes=num_classes,
+        detach_variance=_detaches(sigma_gradient, learn_sigma, predict_xstart, use_kl),
     )
     diffusion = create_gaussian_diffusion(
         steps=diffusion_steps,
@@ -170,6 +200,10 @@ def create_model_and_diffusion(
         rescale_learned_sigmas=rescale_learned_sigmas,
         timestep_respacing=timestep_respacing,
         predict_v=predict_v,
+        snr_shift=schedules.parse_snr_shift(snr_shift, image_size),
+        zero_terminal_snr=zero_terminal_snr,
+        loss_weighting=loss_weighting,
+        min_snr_gamma=min_snr_gamma,
     )
     return model, diffusion
 
@@ -189,6 +223,7 @@ def create_model(
     in_channels: int = 3,
     channel_mult: str = "",
     num_classes: int = 0,
+    detach_variance: bool = False,
 ) -> UNetModel:
     """A network for images of ``in_channels`` channels."""
     return UNetModel(
@@ -202,6 +237,7 @@ def create_model(
         num_heads=num_heads,
         num_heads_upsample=num_heads_upsample,
         use_scale_shift_norm=use_scale_shift_norm,
+        detach_variance=detach_variance,
         **_levels(image_size, channel_mult, attention_resolutions),
     )
 
@@ -231,6 +267,11 @@ def sr_create_model_and_diffusion(
     predict_v: bool = False,
     num_classes: int = 0,
     sigma_small: bool = False,
+    snr_shift: str = "1",
+    zero_terminal_snr: bool = False,
+    loss_weighting: str = UNIFORM,
+    min_snr_gamma: float = MIN_SNR_GAMMA,
+    sigma_gradient: str = AUTO,
 ) -> tuple[SuperResModel, GaussianDiffusion]:
     """A super-resolution network and its process."""
     model = sr_create_model(
@@ -249,6 +290,7 @@ def sr_create_model_and_diffusion(
         in_channels=in_channels,
         channel_mult=channel_mult,
         num_classes=num_classes,
+        detach_variance=_detaches(sigma_gradient, learn_sigma, predict_xstart, use_kl),
     )
     diffusion = create_gaussian_diffusion(
         steps=diffusion_steps,
@@ -261,6 +303,10 @@ def sr_create_model_and_diffusion(
         rescale_learned_sigmas=rescale_learned_sigmas,
         timestep_respacing=timestep_respacing,
         predict_v=predict_v,
+        snr_shift=schedules.parse_snr_shift(snr_shift, large_size),
+        zero_terminal_snr=zero_terminal_snr,
+        loss_weighting=loss_weighting,
+        min_snr_gamma=min_snr_gamma,
     )
     return model, diffusion
 
@@ -281,6 +327,7 @@ def sr_create_model(
     in_channels: int = 3,
     channel_mult: str = "",
     num_classes: int = 0,
+    detach_variance: bool = False,
 ) -> SuperResModel:
     """A network that makes images of ``large_size``; it takes any smaller ``small_size``."""
     if not 0 < small_size <= large_size:
@@ -298,6 +345,7 @@ def sr_create_model(
         num_heads=num_heads,
         num_heads_upsample=num_heads_upsample,
         use_scale_shift_norm=use_scale_shift_norm,
+        detach_variance=detach_variance,
         **_levels(large_size, channel_mult, attention_resolutions),
     )
 
@@ -310,6 +358,27 @@ def _classes(class_cond: bool, num_classes: int) -> int | None:
             "and --class_cond True, or neither"
         )
     return (num_classes or NUM_CLASSES) if class_cond else None
+
+
+def _detaches(sigma_gradient: str, learn_sigma: bool, predict_xstart: bool, use_kl: bool) -> bool:
+    """Whether the bound is to train no more than the variance's rows of the last layer.
+
+    With x_0 prediction its gradient would drown the mean's in the layers that the two share: at low
+    noise the error of x_0 is far larger than the narrow range from the posterior's variance to
+    beta. The bound alone, --use_kl, is minimised as it is.
+    """
+    if sigma_gradient not in SIGMA_GRADIENTS:
+        raise ValueError(
+            f"--sigma_gradient {sigma_gradient}: choose from {', '.join(SIGMA_GRADIENTS)}"
+        )
+    if sigma_gradient == "head" and not learn_sigma:
+        raise ValueError(
+            "--sigma_gradient head is about a learned variance; add --learn_sigma True, or leave "
+            "it out"
+        )
+    if sigma_gradient == AUTO:
+        return learn_sigma and predict_xstart and not use_kl
+    return sigma_gradient == "head"
 
 
 def _levels(image_size: int, channel_mult: str, attention_resolutions: str) -> dict[str, Any]:
@@ -356,9 +425,17 @@ def create_gaussian_diffusion(
     rescale_learned_sigmas: bool = False,
     timestep_respacing: str | Sequence[int] = "",
     predict_v: bool = False,
+    snr_shift: float = 1.0,
+    zero_terminal_snr: bool = False,
+    loss_weighting: str = UNIFORM,
+    min_snr_gamma: float = MIN_SNR_GAMMA,
 ) -> SpacedDiffusion:
     """A process; ``timestep_respacing`` as for :func:`respace.space_timesteps`, empty: all steps.
 
+    The shift comes after the zero terminal signal-to-noise ratio, which it leaves at zero. It also
+    shifts the bias of the sigmoid weighting, so that the weights follow the image, not the size.
+
+    :param snr_shift: see :func:`schedules.shift_snr`.
     :raises ValueError: for unknown or contradictory settings.
     """
     if predict_xstart and predict_v:
@@ -369,6 +446,12 @@ def create_gaussian_diffusion(
         mean_type = ModelMeanType.VELOCITY
     else:
         mean_type = ModelMeanType.EPSILON
+    if zero_terminal_snr and mean_type is ModelMeanType.EPSILON:
+        raise ValueError(NOT_FROM_NOISE)
+    betas = schedules.get_named_beta_schedule(noise_schedule, steps)
+    if zero_terminal_snr:
+        betas = schedules.end_without_signal(betas)
+    betas = schedules.shift_snr(betas, snr_shift)
     if learn_sigma:
         var_type = ModelVarType.LEARNED_RANGE
     elif sigma_small:
@@ -383,11 +466,14 @@ def create_gaussian_diffusion(
         loss_type = LossType.MSE
     return SpacedDiffusion(
         use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
-        betas=schedules.get_named_beta_schedule(noise_schedule, steps),
+        betas=betas,
         model_mean_type=mean_type,
         model_var_type=var_type,
         loss_type=loss_type,
         rescale_timesteps=rescale_timesteps,
+        loss_weighting=loss_weighting,
+        min_snr_gamma=min_snr_gamma,
+        sigmoid_bias=SIGMOID_BIAS + math.log(snr_shift),
     )
 
 
@@ -447,9 +533,13 @@ def load_model_and_diffusion(
                 f"with {script}"
             )
         claimed = preset_flags(preset, defaults) if preset not in ("", NO_PRESET) else {}
+        trained = {**{name: defaults[name] for name in LATER_FLAGS}, **trained}
+        size = {**defaults, **trained}["large_size" if super_res else "image_size"]
         for name in FIXED_BY_TRAINING:
             said = {**claimed, **given}.get(name)
-            if said is None or name not in trained or said == trained[name]:
+            if said is None or name not in trained:
+                continue
+            if same_value(name, said, trained[name], size):
                 continue
             if name != "num_classes" or said:
                 source = f"--{name} {said}" if name in given else f"--preset {preset}"
