@@ -11,6 +11,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from improved_diffusion.schedules import parse_snr_shift
+
 Shapes = Mapping[str, Sequence[int]]
 
 # Width of each level by image size; 32, 64 and 256 are the reference's.
@@ -31,6 +33,14 @@ NOT_IN_SHAPES = (
     "noise_schedule",
     "num_heads",
     "rescale_timesteps",
+)
+# The same of what the published models leave at its default.
+TRACELESS = (
+    "num_heads_upsample",
+    "predict_xstart",
+    "predict_v",
+    "snr_shift",
+    "zero_terminal_snr",
 )
 # What openai's published command lines always name.
 ALWAYS_NAMED = NOT_IN_SHAPES[:5]
@@ -113,6 +123,13 @@ def parse_numbers(flag: str, text: str, kind: type) -> tuple[Any, ...]:
         raise ValueError(
             f"--{flag} {text}: expected numbers separated by commas, for example 16,8"
         ) from None
+
+
+def same_value(name: str, said: Any, there: Any, image_size: int) -> bool:
+    """Whether two values of the flag ``name`` mean the same for a model of this size."""
+    if name == "snr_shift":
+        return parse_snr_shift(said, image_size) == parse_snr_shift(there, image_size)
+    return said == there
 
 
 def flags_from_shapes(
@@ -284,8 +301,10 @@ def complete_flags(
             raise ValueError(
                 f"--{name} {said} contradicts {path}, whose shapes say {there}; leave the flag out"
             )
-    for name in (*NOT_IN_SHAPES, "num_heads_upsample", "predict_xstart", "predict_v"):
-        if published and name in given and given[name] != published[name]:
+    for name in (*NOT_IN_SHAPES, *TRACELESS):
+        if not published or name not in given:
+            continue
+        if not same_value(name, given[name], published[name], published[size_flag]):
             raise ValueError(
                 f"--{name} {given[name]} contradicts {path}, which has the shapes of the published "
                 f"{preset} with --{name} {published[name]}; correct the flag, or give --preset "

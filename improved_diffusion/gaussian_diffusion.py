@@ -21,10 +21,14 @@ import torch
 
 from improved_diffusion import cli
 from improved_diffusion.losses import (
+    MIN_SNR_GAMMA,
+    SIGMOID_BIAS,
+    UNIFORM,
     bits,
     discretized_gaussian_log_likelihood,
     normal_kl,
     squared_error,
+    xstart_weights,
 )
 from improved_diffusion.schedules import betas_for_alpha_bar, get_named_beta_schedule
 
@@ -73,6 +77,11 @@ class LossType(enum.Enum):
         return self in (LossType.KL, LossType.RESCALED_KL)
 
 
+NOT_FROM_NOISE = (
+    "--zero_terminal_snr True leaves no signal at the last timestep, where the image cannot be "
+    "recovered from the noise that the network predicts; add --predict_v True or "
+    "--predict_xstart True"
+)
 LEARNED_VARIANCES = (ModelVarType.LEARNED, ModelVarType.LEARNED_RANGE)
 # How many images of a self-conditioned training see a prediction, Chen et al. 2023, section 3.2.
 SELF_CONDITIONED_SHARE = 0.5
@@ -104,10 +113,14 @@ class SamplingRun:
 class GaussianDiffusion:
     """A diffusion process with given betas, and what a model of it predicts and minimises.
 
-    :param betas: [T] variances in (0, 1].
+    :param betas: [T] variances in (0, 1), or 1 for the last: then x_T is pure noise.
     :param rescale_timesteps: pass timesteps to the model as floats scaled to [0, 1000).
     :param self_condition: show the model its own previous prediction of x_0.
-    :raises ValueError: for betas outside of (0, 1] or of another shape.
+    :param loss_weighting: how the squared error is weighted over the timesteps, one of
+        :data:`improved_diffusion.losses.WEIGHTINGS`; ``uniform``: not at all, as L_simple.
+    :param min_snr_gamma, sigmoid_bias: see :func:`improved_diffusion.losses.xstart_weights`.
+    :raises ValueError: for other betas, an unknown weighting or one of the bound alone, and for
+        noise prediction where x_T is pure noise.
     """
 
     def __init__(
@@ -119,10 +132,17 @@ class GaussianDiffusion:
         loss_type: LossType,
         rescale_timesteps: bool = False,
         self_condition: bool = False,
+        loss_weighting: str = UNIFORM,
+        min_snr_gamma: float = MIN_SNR_GAMMA,
+        sigmoid_bias: float = SIGMOID_BIAS,
     ) -> None:
         betas = np.array(betas, dtype=np.float64)
         if betas.ndim != 1 or betas.size == 0 or (betas <= 0).any() or (betas > 1).any():
             raise ValueError("betas must be a non-empty row of numbers in (0, 1]")
+        if (betas[:-1] == 1).any():
+            raise ValueError("of the betas only the last may be 1, which leaves no signal")
+        if betas[-1] == 1 and model_mean_type is ModelMeanType.EPSILON:
+            raise ValueError(NOT_FROM_NOISE)
         self.model_mean_type = model_mean_type
         self.model_var_type = model_var_type
         self.loss_type = loss_type
@@ -141,8 +161,9 @@ class GaussianDiffusion:
         self.sqrt_alphas_cumprod = np.sqrt(bar)
         self.sqrt_one_minus_alphas_cumprod = np.sqrt(1.0 - bar)
         self.log_one_minus_alphas_cumprod = np.log(1.0 - bar)
-        self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / bar)
-        self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / bar - 1.0)
+        with np.errstate(divide="ignore"):  # infinite without signal, where only noise needs them
+            self.sqrt_recip_alphas_cumprod = np.sqrt(1.0 / bar)
+            self.sqrt_recipm1_alphas_cumprod = np.sqrt(1.0 / bar - 1.0)
 
         # The posterior q(x_{t-1} | x_t, x_0), Eqs. 10 and 11.
         self.posterior_variance = betas * (1.0 - self.alphas_cumprod_prev) / (1.0 - bar)
@@ -158,7 +179,30 @@ class GaussianDiffusion:
         self.fixed_large_log_variance = np.log(self.fixed_large_variance)
         self.log_betas = np.log(betas)
 
+        self.loss_weights: np.ndarray | None = None
+        if loss_weighting != UNIFORM:
+            self.loss_weights = self._loss_weights(loss_weighting, min_snr_gamma, sigmoid_bias)
+
         self._tables: dict[tuple[str, torch.device], torch.Tensor] = {}
+
+    def _loss_weights(self, weighting: str, gamma: float, sigmoid_bias: float) -> np.ndarray:
+        """Weights [T] of the squared error of what the model predicts."""
+        if self.loss_type.is_vb():
+            raise ValueError(
+                f"--loss_weighting {weighting} weights the squared error, which is no part of the "
+                "loss with --use_kl True; leave one of the two out"
+            )
+        assert self.model_mean_type is not ModelMeanType.PREVIOUS_X
+        snr = self.alphas_cumprod / (1.0 - self.alphas_cumprod)
+        weights = xstart_weights(weighting, snr, gamma, sigmoid_bias)
+        if weights[-1] == 0:  # without signal; the step would never be trained
+            weights[-1] = weights[-2:][0]
+        match self.model_mean_type:
+            case ModelMeanType.EPSILON:
+                return weights / snr
+            case ModelMeanType.VELOCITY:
+                return weights / (snr + 1.0)
+        return weights
 
     def _at(self, name: str, t: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """Entries ``t`` of the table ``name``, in ``like``'s type, shaped to broadcast against it.
@@ -235,9 +279,8 @@ class GaussianDiffusion:
         self, x_t: torch.Tensor, t: torch.Tensor, x_start: torch.Tensor
     ) -> torch.Tensor:
         """The noise in x_t from x_0: Eq. 9 solved for the noise."""
-        return (self._at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - x_start) / self._at(
-            "sqrt_recipm1_alphas_cumprod", t, x_t
-        )
+        signal = self._at("sqrt_alphas_cumprod", t, x_t) * x_start
+        return (x_t - signal) / self._at("sqrt_one_minus_alphas_cumprod", t, x_t)
 
     def velocity(self, x_start: torch.Tensor, t: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """v = sqrt(bar) noise - sqrt(1 - bar) x_0, Salimans & Ho 2022, section 4."""
@@ -429,7 +472,9 @@ class GaussianDiffusion:
         bar_prev = self._at("alphas_cumprod_prev", t, x)
         # Song et al. 2020, Eq. 16.
         sigma = eta * ((1 - bar_prev) / (1 - bar)).sqrt() * (1 - bar / bar_prev).sqrt()
-        mean = out["pred_xstart"] * bar_prev.sqrt() + (1 - bar_prev - sigma**2).sqrt() * eps
+        # What sigma leaves of the noise; rounding may go below 0 where it is to leave none.
+        left = (1 - bar_prev - sigma**2).clamp(min=0).sqrt()
+        mean = out["pred_xstart"] * bar_prev.sqrt() + left * eps
         sample = mean
         if eta:
             sample = mean + sigma * noise_fn(x) * _unless_first(t, x)
@@ -566,8 +611,9 @@ class GaussianDiffusion:
             error of each channel, whose mean over the channels is ``mse``.
         :param conditioned: of a self-conditioned process: bool [N], for which samples the model
             sees its own prediction; drawn if not given.
-        :return: ``loss`` [N]; for the squared-error losses also ``mse`` [N] and, where the
-            variance is learned, ``vb`` [N], the term of the bound that trains it.
+        :return: ``loss`` [N]; for the squared-error losses also ``mse`` [N], which is never
+            weighted, and, where the variance is learned, ``vb`` [N], the term of the bound that
+            trains it.
         """
         if noise is None:
             noise = torch.randn_like(x_start)
@@ -593,7 +639,10 @@ class GaussianDiffusion:
             terms["vb"] = self._bound_term(reverse, x_start, x_t, t)
             if self._rescales():
                 terms["vb"] = terms["vb"] * (self.num_timesteps / 1000.0)
-        terms["loss"] = sum(terms.values())
+        loss = terms["mse"]
+        if self.loss_weights is not None:
+            loss = self._at("loss_weights", t, loss) * loss
+        terms["loss"] = loss + terms["vb"] if "vb" in terms else loss
         for channel, name in enumerate(channel_names):
             own = slice(channel, channel + 1)
             terms[f"mse_{name}"] = squared_error(prediction[:, own].detach(), target[:, own])

@@ -1,9 +1,11 @@
-"""Gaussian divergence and discretised likelihood, in nats and elementwise."""
+"""Gaussian divergence and discretised likelihood, in nats and elementwise; squared errors and how
+they are weighted."""
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -11,6 +13,12 @@ Number = torch.Tensor | float
 
 # Half the width of an 8-bit level in [-1, 1].
 HALF_BIN = 1.0 / 255.0
+
+UNIFORM = "uniform"
+WEIGHTINGS = (UNIFORM, "min_snr", "truncated_snr", "p2", "sigmoid", "debiased")
+MIN_SNR_GAMMA = 5.0
+# Of ``sigmoid``, for images of 64 x 64 (Hoogeboom et al. 2024, "SiD2").
+SIGMOID_BIAS = -1.0
 
 
 def normal_kl(mean1: Number, logvar1: Number, mean2: Number, logvar2: Number) -> torch.Tensor:
@@ -66,3 +74,40 @@ def bits(nats: torch.Tensor) -> torch.Tensor:
 def squared_error(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean squared error of each sample: [N, ...] -> [N]."""
     return F.mse_loss(prediction, target, reduction="none").flatten(1).mean(dim=1)
+
+
+def xstart_weights(
+    weighting: str,
+    snr: np.ndarray,
+    gamma: float = MIN_SNR_GAMMA,
+    sigmoid_bias: float = SIGMOID_BIAS,
+) -> np.ndarray:
+    """Weights of the squared error of x_0 at signal-to-noise ratios ``snr`` (0 or more).
+
+    An error of x_0 stands for one of the noise that is ``snr`` times as large when squared, and for
+    one of the velocity that is ``snr + 1`` times as large. So a weight w of x_0's error is the
+    weight w / snr of the noise's and w / (snr + 1) of the velocity's.
+
+    - ``min_snr``: min(snr, gamma), Hang et al. 2023.
+    - ``truncated_snr``: max(snr, 1), Salimans & Ho 2022, section 4.
+    - ``p2``: 1 / (1 + snr) of the noise's error, Choi et al. 2022 with k = gamma = 1.
+    - ``sigmoid``: sigmoid(bias - log snr) of the noise's error, Kingma & Gao 2023, Hoogeboom et al.
+      2024.
+    - ``debiased``: 1 / sqrt(snr) of the noise's error, Yu et al. 2024.
+
+    :raises ValueError: another name, or a gamma that is not above 0.
+    """
+    if not gamma > 0:
+        raise ValueError(f"--min_snr_gamma {gamma:g}: give a number above 0")
+    match weighting:
+        case "min_snr":
+            return np.minimum(snr, gamma)
+        case "truncated_snr":
+            return np.maximum(snr, 1.0)
+        case "p2":
+            return snr / (1.0 + snr)
+        case "sigmoid":
+            return snr / (1.0 + snr * math.exp(-sigmoid_bias))
+        case "debiased":
+            return np.sqrt(snr)
+    raise ValueError(f"--loss_weighting {weighting}: choose from {', '.join(WEIGHTINGS)}")

@@ -68,15 +68,7 @@ def respaced(diffusion: SpacedDiffusion, section_counts: str | Sequence[int]) ->
 
 def on_timesteps(diffusion: SpacedDiffusion, timesteps: Iterable[int]) -> SpacedDiffusion:
     """The same process on ``timesteps`` of the whole process."""
-    return SpacedDiffusion(
-        timesteps,
-        betas=diffusion.original_betas,
-        model_mean_type=diffusion.model_mean_type,
-        model_var_type=diffusion.model_var_type,
-        loss_type=diffusion.loss_type,
-        rescale_timesteps=diffusion.rescale_timesteps,
-        self_condition=diffusion.self_condition,
-    )
+    return SpacedDiffusion(timesteps, **diffusion.settings)
 
 
 class SpacedDiffusion(GaussianDiffusion):
@@ -93,6 +85,7 @@ class SpacedDiffusion(GaussianDiffusion):
         self.use_timesteps = set(use_timesteps)
         self.timestep_map = sorted(self.use_timesteps)
         self.original_num_steps = len(self.original_betas)
+        self.settings = {**kwargs, "betas": self.original_betas}
         alpha_bar = np.cumprod(1.0 - self.original_betas)
         kwargs["betas"] = betas_of_subset(alpha_bar, self.timestep_map)
         super().__init__(**kwargs)

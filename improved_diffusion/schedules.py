@@ -12,6 +12,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 NAMES = ("linear", "cosine")
+AUTO = "auto"
+# Beyond these shifts too little signal or noise would be left to count with.
+SHIFTS = (1e-4, 1e4)
 
 
 def get_named_beta_schedule(schedule_name: str, num_diffusion_timesteps: int) -> np.ndarray:
@@ -49,6 +52,53 @@ def betas_for_alpha_bar(
     times = np.arange(num_diffusion_timesteps + 1) / num_diffusion_timesteps
     left = np.array([alpha_bar(u) for u in times])
     return np.minimum(1.0 - left[1:] / left[:-1], max_beta)
+
+
+def shift_snr(betas: np.ndarray, shift: float) -> np.ndarray:
+    """Betas [T] of a schedule with ``shift`` times the signal-to-noise ratio of ``betas``.
+
+    The ratio is alpha_bar / (1 - alpha_bar). Hoogeboom et al. 2023 ("simple diffusion"), section
+    3.1: averaging pixels takes noise away, so that images of d x d pixels need (64 / d)^2 times the
+    ratio for the noise that images of 64 x 64 have at the same timestep.
+
+    :raises ValueError: a shift that is not within :data:`SHIFTS`.
+    """
+    low, high = SHIFTS
+    if not low <= shift <= high:
+        raise ValueError(f"--snr_shift {shift:g}: give a number from {low:g} to {high:g}, or auto")
+    if shift == 1.0:
+        return betas
+    bar = np.cumprod(1.0 - betas)
+    # sigmoid(logit(bar) + log(shift)), also where no signal is left.
+    return betas_of_subset(shift * bar / (1.0 - bar + shift * bar), range(len(bar)))
+
+
+def parse_snr_shift(text: str, image_size: int) -> float:
+    """The number that ``--snr_shift`` stands for; ``auto`` is (64 / image_size)^2.
+
+    :raises ValueError: neither ``auto`` nor a number.
+    """
+    if text == AUTO:
+        return (64 / image_size) ** 2
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"--snr_shift {text}: give a number above 0, or auto") from None
+
+
+def end_without_signal(betas: np.ndarray) -> np.ndarray:
+    """Betas [T] of the schedule that ends in pure noise, Lin et al. 2024, Algorithm 1.
+
+    sqrt(alpha_bar) is shifted and scaled so that the last is exactly 0 and the first unchanged; the
+    last beta is 1.
+
+    :raises ValueError: for a single step, which is first and last.
+    """
+    if len(betas) < 2:
+        raise ValueError("--zero_terminal_snr True needs --diffusion_steps 2 or more")
+    root = np.sqrt(np.cumprod(1.0 - betas))
+    root = root[0] * ((root - root[-1]) / (root[0] - root[-1]))
+    return betas_of_subset(root**2, range(len(root)))
 
 
 def betas_of_subset(alpha_bar: np.ndarray, timesteps: Sequence[int]) -> np.ndarray:

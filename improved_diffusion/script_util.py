@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,18 +17,23 @@ from improved_diffusion.architecture import (
     known_presets,
     parse_numbers,
     preset_flags,
+    same_value,
 )
 from improved_diffusion.encodings import ENCODINGS, GREY, MaskEncoding, network_channels
 from improved_diffusion.gaussian_diffusion import (
+    NOT_FROM_NOISE,
     GaussianDiffusion,
     LossType,
     ModelMeanType,
     ModelVarType,
 )
+from improved_diffusion.losses import MIN_SNR_GAMMA, SIGMOID_BIAS, UNIFORM, WEIGHTINGS
 from improved_diffusion.respace import SpacedDiffusion, space_timesteps
 from improved_diffusion.unet import SelfConditionedModel, SuperResModel, UNetModel
 
 NUM_CLASSES = 1000
+AUTO = "auto"
+SIGMA_GRADIENTS = (AUTO, "full", "head")
 
 HELP = {
     "in_channels": "channels of the images; by default as many as --channels names",
@@ -49,6 +55,9 @@ HELP = {
     "sigma_small": "without --learn_sigma: the posterior's variance instead of beta",
     "diffusion_steps": "timesteps of the process",
     "noise_schedule": f"how noise grows over the timesteps: {', '.join(schedules.NAMES)}",
+    "snr_shift": "multiply the schedule's signal-to-noise ratio by this number; auto: by "
+    "(64 / image size)^2, which adds the noise that larger images need",
+    "zero_terminal_snr": "let the schedule end in pure noise, with --predict_v or --predict_xstart",
     "timestep_respacing": "use fewer timesteps: 250, or 10,15,20 for sections, or ddim50; "
     "empty: all",
     "use_kl": "minimise the variational bound L_vlb instead of L_hybrid",
@@ -57,6 +66,12 @@ HELP = {
     "self_condition": "the network also sees its previous prediction of the image",
     "rescale_timesteps": "tell the network the timesteps as floats from 0 to 1000",
     "rescale_learned_sigmas": "weight the bound's term by diffusion_steps / 1000",
+    "loss_weighting": "how the squared error is weighted over the timesteps: "
+    f"{', '.join(WEIGHTINGS)}; uniform is not at all, the others are the same whatever the network "
+    "predicts",
+    "min_snr_gamma": "of --loss_weighting min_snr: where the weight stops to grow",
+    "sigma_gradient": "what the bound trains to learn the variance: full: the whole network; head: "
+    "the variance's rows of the last layer; auto: head with --predict_xstart, else full",
     "large_size": "size of the images to make",
     "small_size": "size of the images to start from",
 }
@@ -84,6 +99,8 @@ FIXED_BY_TRAINING = (
     "predict_v",
     "self_condition",
     "rescale_timesteps",
+    "snr_shift",
+    "zero_terminal_snr",
 )
 
 
@@ -108,6 +125,8 @@ def model_and_diffusion_defaults() -> dict[str, Any]:
         "sigma_small": False,
         "diffusion_steps": 1000,
         "noise_schedule": "linear",
+        "snr_shift": "1",
+        "zero_terminal_snr": False,
         "timestep_respacing": "",
         "use_kl": False,
         "predict_xstart": False,
@@ -115,6 +134,9 @@ def model_and_diffusion_defaults() -> dict[str, Any]:
         "self_condition": False,
         "rescale_timesteps": True,
         "rescale_learned_sigmas": True,
+        "loss_weighting": UNIFORM,
+        "min_snr_gamma": MIN_SNR_GAMMA,
+        "sigma_gradient": AUTO,
     }
 
 
@@ -151,6 +173,11 @@ def create_model_and_diffusion(
     num_classes: int = 0,
     mask_encoding: str = GREY,
     self_condition: bool = False,
+    snr_shift: str = "1",
+    zero_terminal_snr: bool = False,
+    loss_weighting: str = UNIFORM,
+    min_snr_gamma: float = MIN_SNR_GAMMA,
+    sigma_gradient: str = AUTO,
 ) -> tuple[UNetModel, GaussianDiffusion]:
     """A network and its process; the arguments are the flags of :data:`HELP`."""
     model = create_model(
@@ -170,6 +197,7 @@ def create_model_and_diffusion(
         num_classes=num_classes,
         mask_encoding=mask_encoding,
         self_condition=self_condition,
+        detach_variance=_detaches(sigma_gradient, learn_sigma, predict_xstart, use_kl),
     )
     diffusion = create_gaussian_diffusion(
         steps=diffusion_steps,
@@ -183,6 +211,10 @@ def create_model_and_diffusion(
         timestep_respacing=timestep_respacing,
         predict_v=predict_v,
         self_condition=self_condition,
+        snr_shift=schedules.parse_snr_shift(snr_shift, image_size),
+        zero_terminal_snr=zero_terminal_snr,
+        loss_weighting=loss_weighting,
+        min_snr_gamma=min_snr_gamma,
     )
     return model, diffusion
 
@@ -204,6 +236,7 @@ def create_model(
     num_classes: int = 0,
     mask_encoding: str = GREY,
     self_condition: bool = False,
+    detach_variance: bool = False,
 ) -> UNetModel:
     """A network for images of ``in_channels`` channels, the mask among them encoded."""
     width = network_channels(mask_encoding, in_channels)
@@ -219,6 +252,7 @@ def create_model(
         num_heads=num_heads,
         num_heads_upsample=num_heads_upsample,
         use_scale_shift_norm=use_scale_shift_norm,
+        detach_variance=detach_variance,
         **_levels(image_size, channel_mult, attention_resolutions),
     )
 
@@ -248,6 +282,11 @@ def sr_create_model_and_diffusion(
     predict_v: bool = False,
     num_classes: int = 0,
     sigma_small: bool = False,
+    snr_shift: str = "1",
+    zero_terminal_snr: bool = False,
+    loss_weighting: str = UNIFORM,
+    min_snr_gamma: float = MIN_SNR_GAMMA,
+    sigma_gradient: str = AUTO,
 ) -> tuple[SuperResModel, GaussianDiffusion]:
     """A super-resolution network and its process."""
     model = sr_create_model(
@@ -266,6 +305,7 @@ def sr_create_model_and_diffusion(
         in_channels=in_channels,
         channel_mult=channel_mult,
         num_classes=num_classes,
+        detach_variance=_detaches(sigma_gradient, learn_sigma, predict_xstart, use_kl),
     )
     diffusion = create_gaussian_diffusion(
         steps=diffusion_steps,
@@ -278,6 +318,10 @@ def sr_create_model_and_diffusion(
         rescale_learned_sigmas=rescale_learned_sigmas,
         timestep_respacing=timestep_respacing,
         predict_v=predict_v,
+        snr_shift=schedules.parse_snr_shift(snr_shift, large_size),
+        zero_terminal_snr=zero_terminal_snr,
+        loss_weighting=loss_weighting,
+        min_snr_gamma=min_snr_gamma,
     )
     return model, diffusion
 
@@ -298,6 +342,7 @@ def sr_create_model(
     in_channels: int = 3,
     channel_mult: str = "",
     num_classes: int = 0,
+    detach_variance: bool = False,
 ) -> SuperResModel:
     """A network that makes images of ``large_size``; it takes any smaller ``small_size``."""
     if not 0 < small_size <= large_size:
@@ -315,6 +360,7 @@ def sr_create_model(
         num_heads=num_heads,
         num_heads_upsample=num_heads_upsample,
         use_scale_shift_norm=use_scale_shift_norm,
+        detach_variance=detach_variance,
         **_levels(large_size, channel_mult, attention_resolutions),
     )
 
@@ -327,6 +373,27 @@ def _classes(class_cond: bool, num_classes: int) -> int | None:
             "and --class_cond True, or neither"
         )
     return (num_classes or NUM_CLASSES) if class_cond else None
+
+
+def _detaches(sigma_gradient: str, learn_sigma: bool, predict_xstart: bool, use_kl: bool) -> bool:
+    """Whether the bound is to train no more than the variance's rows of the last layer.
+
+    With x_0 prediction its gradient would drown the mean's in the layers that the two share: at low
+    noise the error of x_0 is far larger than the narrow range from the posterior's variance to
+    beta. The bound alone, --use_kl, is minimised as it is.
+    """
+    if sigma_gradient not in SIGMA_GRADIENTS:
+        raise ValueError(
+            f"--sigma_gradient {sigma_gradient}: choose from {', '.join(SIGMA_GRADIENTS)}"
+        )
+    if sigma_gradient == "head" and not learn_sigma:
+        raise ValueError(
+            "--sigma_gradient head is about a learned variance; add --learn_sigma True, or leave "
+            "it out"
+        )
+    if sigma_gradient == AUTO:
+        return learn_sigma and predict_xstart and not use_kl
+    return sigma_gradient == "head"
 
 
 def _levels(image_size: int, channel_mult: str, attention_resolutions: str) -> dict[str, Any]:
@@ -374,9 +441,17 @@ def create_gaussian_diffusion(
     timestep_respacing: str | Sequence[int] = "",
     predict_v: bool = False,
     self_condition: bool = False,
+    snr_shift: float = 1.0,
+    zero_terminal_snr: bool = False,
+    loss_weighting: str = UNIFORM,
+    min_snr_gamma: float = MIN_SNR_GAMMA,
 ) -> SpacedDiffusion:
     """A process; ``timestep_respacing`` as for :func:`respace.space_timesteps`, empty: all steps.
 
+    The shift comes after the zero terminal signal-to-noise ratio, which it leaves at zero. It also
+    shifts the bias of the sigmoid weighting, so that the weights follow the image, not the size.
+
+    :param snr_shift: see :func:`schedules.shift_snr`.
     :raises ValueError: for unknown or contradictory settings.
     """
     if predict_xstart and predict_v:
@@ -387,6 +462,12 @@ def create_gaussian_diffusion(
         mean_type = ModelMeanType.VELOCITY
     else:
         mean_type = ModelMeanType.EPSILON
+    if zero_terminal_snr and mean_type is ModelMeanType.EPSILON:
+        raise ValueError(NOT_FROM_NOISE)
+    betas = schedules.get_named_beta_schedule(noise_schedule, steps)
+    if zero_terminal_snr:
+        betas = schedules.end_without_signal(betas)
+    betas = schedules.shift_snr(betas, snr_shift)
     if learn_sigma:
         var_type = ModelVarType.LEARNED_RANGE
     elif sigma_small:
@@ -401,12 +482,15 @@ def create_gaussian_diffusion(
         loss_type = LossType.MSE
     return SpacedDiffusion(
         use_timesteps=space_timesteps(steps, timestep_respacing or [steps]),
-        betas=schedules.get_named_beta_schedule(noise_schedule, steps),
+        betas=betas,
         model_mean_type=mean_type,
         model_var_type=var_type,
         loss_type=loss_type,
         rescale_timesteps=rescale_timesteps,
         self_condition=self_condition,
+        loss_weighting=loss_weighting,
+        min_snr_gamma=min_snr_gamma,
+        sigmoid_bias=SIGMOID_BIAS + math.log(snr_shift),
     )
 
 
@@ -469,11 +553,12 @@ def load_model_and_diffusion(
         claimed = preset_flags(preset, defaults) if preset not in ("", NO_PRESET) else {}
         if preset in RECIPES and brats.MASK_CHANNEL not in channels:
             claimed.pop("mask_encoding", None)
+        size = {**defaults, **trained}["large_size" if super_res else "image_size"]
         for name in FIXED_BY_TRAINING:
             said = {**claimed, **given}.get(name)
             # A checkpoint from before there was a flag was trained with its default.
             there = trained.get(name, defaults.get(name))
-            if said is None or there is None or said == there:
+            if said is None or there is None or same_value(name, said, there, size):
                 continue
             if name != "num_classes" or said:
                 source = f"--{name} {said}" if name in given else f"--preset {preset}"

@@ -250,8 +250,10 @@ def choose_timesteps(diffusion: GaussianDiffusion, steps: int, spacing: str) -> 
         raise ValueError(
             f"--sampling_steps {steps}: the process has {count} timesteps, so choose 1 to {count}"
         )
+    if steps == 1:
+        return [count - 1]
     if spacing == "uniform":
-        return sorted(space_timesteps(count, [steps])) if steps > 1 else [count - 1]
+        return sorted(space_timesteps(count, [steps]))
     if spacing == "trailing":
         targets = np.arange(1, steps + 1) * count / steps - 1
     else:
@@ -271,7 +273,7 @@ def _spread_in_noise(diffusion: GaussianDiffusion, steps: int, spacing: str) -> 
     finite = noise[np.isfinite(noise)]
     most = min(finite[-1], max(KARRAS_SIGMA_MAX, finite[0])) if steps > 2 else finite[-1]
     rest = steps - int(most < noise[-1])
-    u = np.linspace(0.0, 1.0, rest) if rest > 1 else np.ones(rest)
+    u = np.linspace(0.0, 1.0, rest)
     if spacing == "logsnr":
         levels = np.exp((1 - u) * math.log(finite[0]) + u * math.log(most))
     else:

@@ -205,6 +205,8 @@ class UNetModel(nn.Module):
     :param num_heads: attention heads.
     :param num_heads_upsample: attention heads on the way up; -1: as on the way down.
     :param use_scale_shift_norm: see :class:`ResBlock`.
+    :param detach_variance: the second half of the output channels, the variance's, trains its rows
+        of the last convolution and nothing before them.
     :raises ValueError: for widths that normalisation or attention cannot divide.
     """
 
@@ -224,6 +226,7 @@ class UNetModel(nn.Module):
         num_heads: int = 1,
         num_heads_upsample: int = -1,
         use_scale_shift_norm: bool = False,
+        detach_variance: bool = False,
     ) -> None:
         super().__init__()
         if in_channels < 1:
@@ -242,6 +245,7 @@ class UNetModel(nn.Module):
         self.model_channels = model_channels
         self.out_channels = out_channels
         self.num_classes = num_classes
+        self.detach_variance = detach_variance
         # The type in which the blocks compute; None: their own parameters'.
         self.compute_dtype: torch.dtype | None = None
 
@@ -351,7 +355,12 @@ class UNetModel(nn.Module):
             h = torch.cat([h, skips.pop()], dim=1)
             h = block(h, emb)
         norm, activation, last = self.out
-        return last(activation(norm(h)).to(x.dtype))
+        h = activation(norm(h)).to(x.dtype)
+        if not (self.detach_variance and torch.is_grad_enabled()):
+            return last(h)
+        mean, _ = last(h).chunk(2, dim=1)
+        _, variance = last(h.detach()).chunk(2, dim=1)
+        return torch.cat([mean, variance], dim=1)
 
     def get_feature_vectors(
         self, x: torch.Tensor, timesteps: torch.Tensor, y: torch.Tensor | None = None
