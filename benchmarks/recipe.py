@@ -67,19 +67,37 @@ REPORT = (
     "--learn_sigma True --noise_schedule linear --rescale_learned_sigmas False "
     "--rescale_timesteps False --use_scale_shift_norm False"
 )
+IMAGE = "--predict_xstart True"
+COSINE = f"{VELOCITY} --noise_schedule cosine"
+ANNEALED = "--lr_anneal_steps {steps}"
+COSINE = f"{VELOCITY} --noise_schedule cosine"
 ARMS = {
     "report": Arm(REPORT),
     "report, 250 steps": Arm(sampling="ancestral:250", trained_as="report"),
     "noise": Arm("--learn_sigma False --sigma_small True"),
-    "image": Arm("--predict_xstart True --learn_sigma False --sigma_small True"),
     "velocity": Arm(VELOCITY),
-    "cosine": Arm(f"{VELOCITY} --noise_schedule cosine"),
-    "bits": Arm(f"{VELOCITY} --mask_encoding bits"),
-    "one-hot": Arm(f"{VELOCITY} --mask_encoding onehot"),
-    "distances": Arm(f"{VELOCITY} --mask_encoding sdf"),
-    "self-conditioned": Arm(f"{VELOCITY} --self_condition True"),
-    "augmented": Arm(f"{VELOCITY} --augment 0.5"),
+    # One thing more than velocity each.
     "annealed": Arm(f"{VELOCITY} --lr_anneal_steps {{steps}}"),
+    "self-conditioned": Arm(f"{VELOCITY} --self_condition True"),
+    "one-hot": Arm(f"{VELOCITY} --mask_encoding onehot"),
+    "bits": Arm(f"{VELOCITY} --mask_encoding bits"),
+    "cosine": Arm(COSINE),
+    # One thing more than cosine each.
+    "cosine, min-SNR": Arm(f"{COSINE} --loss_weighting min_snr"),
+    "cosine, sigmoid": Arm(f"{COSINE} --loss_weighting sigmoid"),
+    "cosine, zero terminal": Arm(f"{COSINE} --zero_terminal_snr True"),
+    "cosine, less noise": Arm(f"{COSINE} --snr_shift 4"),
+    "cosine, more noise": Arm(f"{COSINE} --snr_shift 0.25"),
+    "cosine, augmented": Arm(f"{COSINE} --augment 0.5"),
+    "cosine, self-conditioned": Arm(f"{COSINE} --self_condition True"),
+    "cosine, one-hot": Arm(f"{COSINE} --mask_encoding onehot"),
+    "cosine, bits": Arm(f"{COSINE} --mask_encoding bits"),
+    "cosine, distances": Arm(f"{COSINE} --mask_encoding sdf"),
+    # The image and a learned variance: the bound trains the last layer alone, or everything.
+    "image, learned variance": Arm("--predict_xstart True --learn_sigma True"),
+    "image, full gradient": Arm("--predict_xstart True --learn_sigma True --sigma_gradient full"),
+    # What --preset brats sets.
+    "brats": Arm("--preset brats"),
 }
 
 

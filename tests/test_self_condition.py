@@ -9,6 +9,7 @@ from torch import nn
 
 from improved_diffusion import checkpoint, dist_util, figures, logger, sampling
 from improved_diffusion.cost import sampling_memory, training_cost
+from improved_diffusion.encodings import MaskEncoding
 from improved_diffusion.evaluation.in_training import Evaluation
 from improved_diffusion.gaussian_diffusion import GaussianDiffusion, ModelMeanType, ModelVarType
 from improved_diffusion.script_util import (
@@ -303,7 +304,9 @@ def test_previews_and_evaluations_are_drawn_as_any_sample(tmp_path):
     figures.save_grid(figures.sample_grid(levels(model), names), str(tmp_path / "expected.png"))
     assert (tmp_path / "own.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
     real = torch.randint(256, (4, 16, 16, 2), dtype=torch.uint8).numpy()
-    drawn = Evaluation(diffusion, names, real, 2, seed=5)._draw(model, "cpu")
+    drawn, _ = Evaluation(diffusion, MaskEncoding("grey", names), names, real, 2, seed=5)._draw(
+        model, "cpu"
+    )
     chosen = {"sampler": plan.sampler, "timesteps": plan.timesteps}
     assert (drawn == levels(model, **chosen)).all()
     assert (drawn != levels(lambda x, t, x_self: model(x, t), **chosen)).mean() > 0.1
