@@ -446,8 +446,18 @@ class GaussianDiffusion:
         :return: ``sample`` and ``pred_xstart``.
         """
         out = self.p_mean_variance(model, x, t, clip_denoised, denoised_fn, model_kwargs)
+        log_variance = out["log_variance"]
+        if (
+            self.model_mean_type is ModelMeanType.START_X
+            and self.model_var_type is ModelVarType.LEARNED_RANGE
+        ):
+            # Images in [-1, 1] leave a step no more variance than beta. The bound wants more, as
+            # much as the network's error of x_0, which at low noise is far larger; drawn as noise
+            # it would stay in the image. With noise prediction that error is small there.
+            small = self._at("posterior_log_variance_clipped", t, x)
+            log_variance = log_variance.clamp(small, self._at("log_betas", t, x))
         noise = noise_fn(x) * _unless_first(t, x)
-        sample = out["mean"] + torch.exp(0.5 * out["log_variance"]) * noise
+        sample = out["mean"] + torch.exp(0.5 * log_variance) * noise
         return {"sample": sample, "pred_xstart": out["pred_xstart"]}
 
     def ddim_sample(

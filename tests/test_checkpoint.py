@@ -16,6 +16,8 @@ import torch
 
 from improved_diffusion import checkpoint
 from improved_diffusion.script_util import (
+    LATER_FLAGS,
+    create_gaussian_diffusion,
     create_model_and_diffusion,
     load_model_and_diffusion,
     model_and_diffusion_defaults,
@@ -75,6 +77,33 @@ def test_given_flags_must_agree_where_training_fixed_them(saved):
         load_model_and_diffusion(saved, {"noise_schedule": "cosine"})
     loaded = load_model_and_diffusion(saved, {"timestep_respacing": "5", "num_heads": 4})
     assert loaded.diffusion.num_timesteps == 5
+
+
+def test_the_schedule_is_training_s(model, tmp_path):
+    """A shift by its number; a checkpoint from before the flags has no shift and no zero end."""
+    old = {name: FLAGS[name] for name in FLAGS if name not in LATER_FLAGS}
+    own = {**FLAGS, "snr_shift": "auto", "zero_terminal_snr": True, "predict_v": True}
+    paths = []
+    for number, flags in enumerate((old, own)):
+        paths.append(str(tmp_path / f"model{number:06d}.pt"))
+        checkpoint.save(checkpoint.with_metadata(model.state_dict(), {"flags": flags}), paths[-1])
+    before, shifted = paths
+    same = {"snr_shift": "1.0", "zero_terminal_snr": False, "loss_weighting": "min_snr"}
+    loaded = load_model_and_diffusion(before, same)
+    plain = create_gaussian_diffusion(steps=20)
+    np.testing.assert_array_equal(loaded.diffusion.betas, plain.betas)
+    assert loaded.diffusion.loss_weights[0] == pytest.approx(5 * (1 / plain.alphas_cumprod[0] - 1))
+    with pytest.raises(ValueError, match=r"--snr_shift auto contradicts .*--snr_shift 1;"):
+        load_model_and_diffusion(before, {"snr_shift": "auto"})
+    with pytest.raises(ValueError, match=r"--zero_terminal_snr True contradicts .* False;"):
+        load_model_and_diffusion(before, {"zero_terminal_snr": True})
+    # (64 / 16)^2
+    loaded = load_model_and_diffusion(shifted, {"snr_shift": "16"})
+    again = load_model_and_diffusion(shifted)
+    np.testing.assert_array_equal(loaded.diffusion.betas, again.diffusion.betas)
+    assert again.diffusion.alphas_cumprod[-1] == 0
+    with pytest.raises(ValueError, match=r"--snr_shift 1 contradicts .*--snr_shift auto;"):
+        load_model_and_diffusion(shifted, {"snr_shift": "1"})
 
 
 def test_file_of_the_reference_takes_flags_from_the_user(model, tmp_path):

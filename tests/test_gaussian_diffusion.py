@@ -12,6 +12,7 @@ from improved_diffusion.gaussian_diffusion import (
     ModelVarType,
 )
 from improved_diffusion.losses import discretized_gaussian_log_likelihood, normal_kl
+from improved_diffusion.respace import on_timesteps
 from improved_diffusion.schedules import get_named_beta_schedule
 from improved_diffusion.script_util import create_gaussian_diffusion
 
@@ -270,6 +271,23 @@ def test_learned_range_lies_between_the_two_fixed_variances():
     assert ends == pytest.approx([p.posterior_variance[10], p.betas[10]])
 
 
+@pytest.mark.parametrize("v", [-30.0, 0.0, 30.0])
+def test_noise_beyond_the_range_is_not_drawn_with_image_prediction(v):
+    """The bound counts the variance as it is predicted, and so does what predicts the noise."""
+    x, t = torch.zeros(1, 1, 1, 1, dtype=torch.float64), torch.tensor([10])
+    model = lambda x, t: torch.cat([x, torch.full_like(x, v)], dim=1)  # noqa: E731
+    for mean_type in (ModelMeanType.START_X, ModelMeanType.EPSILON):
+        p = process(mean_type, ModelVarType.LEARNED_RANGE)
+        small, large = p.posterior_log_variance_clipped[10], p.log_betas[10]
+        predicted = small + (v + 1) / 2 * (large - small)
+        drawn = p.p_sample(model, x, t, noise_fn=torch.ones_like)["sample"].item()
+        if mean_type is ModelMeanType.START_X:
+            assert drawn == pytest.approx(math.exp(np.clip(predicted, small, large) / 2))
+        else:
+            assert drawn == pytest.approx(math.exp(predicted / 2))
+        assert p.p_mean_variance(model, x, t)["log_variance"].item() == pytest.approx(predicted)
+
+
 def test_learned_variance_is_taken_as_predicted():
     p = process(var_type=ModelVarType.LEARNED)
     x, t = torch.zeros(1, 1, 1, 1), torch.tensor([10])
@@ -328,3 +346,81 @@ def test_impossible_betas_are_refused(betas):
             model_var_type=ModelVarType.FIXED_SMALL,
             loss_type=LossType.MSE,
         )
+
+
+WITHOUT_SIGNAL = {
+    "respaced": {"timestep_respacing": "6"},
+    "two steps": {"timestep_respacing": "2"},
+    "one step": {},
+    "shifted": {"snr_shift": 0.25},
+    "cosine": {"noise_schedule": "cosine"},
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("kind", WITHOUT_SIGNAL)
+@pytest.mark.parametrize("mean", ["predict_xstart", "predict_v"])
+@pytest.mark.parametrize("variance", [{}, {"sigma_small": True}, {"learn_sigma": True}])
+def test_a_process_that_ends_without_signal(mean, variance, kind):
+    """All its numbers are finite, and at x_T they are those of an x_0 that x_T tells nothing of."""
+    p = create_gaussian_diffusion(
+        steps=20, zero_terminal_snr=True, **{mean: True}, **variance, **WITHOUT_SIGNAL[kind]
+    )
+    if kind == "one step":
+        p = on_timesteps(p, [19])
+    last = p.num_timesteps - 1
+    assert (p.betas[last], p.alphas_cumprod[last]) == (1, 0)
+    generator = torch.Generator().manual_seed(0)
+    x0, x, noise = torch.randn(3, 4, 1, 2, 2, generator=generator, dtype=torch.float64).tanh()
+    t = torch.full((4,), last)
+    assert torch.equal(p.q_sample(x0, t, noise), noise)
+
+    def model(x, t):
+        """Predicts the x_0 above."""
+        prediction = x0 if mean == "predict_xstart" else -x0
+        return torch.cat([prediction, 0 * x0], dim=1) if "learn_sigma" in variance else prediction
+
+    signal = p.alphas_cumprod_prev[last]  # in x_{T-1}; 1 where that is the image
+    out = p.p_mean_variance(model, x, t)
+    torch.testing.assert_close(out["pred_xstart"], x0)
+    torch.testing.assert_close(out["mean"], math.sqrt(signal) * x0)
+    assert all(value.isfinite().all() for value in out.values())
+    if variance.get("sigma_small"):
+        assert out["variance"].unique().item() == pytest.approx(1 - signal)
+    torch.testing.assert_close(p.predict_eps_from_xstart(x, t, x0), x)
+    for eta, from_noise, from_x in ((0.0, 0, 1), (1.0, 1, 0)):
+        step = p.ddim_sample(model, x, t, eta=eta, noise_fn=lambda like: noise)["sample"]
+        expected = math.sqrt(signal) * x0
+        expected = expected + math.sqrt(1 - signal) * (from_noise * noise + from_x * x)
+        torch.testing.assert_close(step, expected)
+    single = p.ddim_sample(lambda x, t: model(x, t).float(), x.float(), t, eta=1.0)
+    assert single["sample"].isfinite().all()
+    torch.testing.assert_close(p.ddim_reverse_sample(model, x, t)["sample"], x)
+
+    bound = p.calc_bpd_loop(model, x0)
+    assert bound["prior_bpd"].abs().max() == 0
+    assert all(value.isfinite().all() for value in bound.values())
+    losses = p.training_losses(model, x0, t, noise=noise)
+    assert losses["mse"].abs().max() == 0
+    assert all(value.isfinite().all() for value in losses.values())
+
+
+def test_ddim_reverse_goes_all_the_way_to_noise():
+    p = create_gaussian_diffusion(steps=20, zero_terminal_snr=True, predict_xstart=True)
+    x0, noise = torch.randn(2, 3, 1, 2, 2, dtype=torch.float64).tanh()
+    t = torch.full((3,), 18)
+    step = p.ddim_reverse_sample(lambda x, t: x0, p.q_sample(x0, t, noise), t)
+    torch.testing.assert_close(step["sample"], noise)
+
+
+def test_betas_of_one_belong_to_the_end_and_to_no_noise_prediction():
+    settings = {"model_var_type": ModelVarType.FIXED_SMALL, "loss_type": LossType.MSE}
+    with pytest.raises(ValueError, match="only the last may be 1"):
+        GaussianDiffusion(betas=[0.1, 1, 0.1], model_mean_type=ModelMeanType.START_X, **settings)
+    with pytest.raises(ValueError, match=r"--predict_v True or --predict_xstart True"):
+        GaussianDiffusion(betas=[0.1, 1], model_mean_type=ModelMeanType.EPSILON, **settings)
+    p = GaussianDiffusion(betas=[0.1, 1], model_mean_type=ModelMeanType.PREVIOUS_X, **settings)
+    x0, x = torch.randn(2, 3, 1, 2, 2, dtype=torch.float64)
+    t = torch.ones(3, dtype=torch.int64)
+    mean = p.q_posterior_mean_variance(x0, x, t)[0]
+    torch.testing.assert_close(p.predict_xstart_from_xprev(x, t, mean), x0)

@@ -14,7 +14,7 @@ from improved_diffusion.gaussian_diffusion import (
     ModelMeanType,
     ModelVarType,
 )
-from improved_diffusion.respace import SpacedDiffusion, space_timesteps
+from improved_diffusion.respace import SpacedDiffusion, on_timesteps, space_timesteps
 from improved_diffusion.schedules import get_named_beta_schedule
 from improved_diffusion.script_util import create_gaussian_diffusion
 
@@ -188,6 +188,133 @@ def test_every_process_of_gaussian_data(sampler, schedule, mean_type):
         torch.testing.assert_close(samples, MEAN + STD * z, rtol=0, atol=tolerance)
 
 
+PARAMETRISATIONS = {"noise": {}, "image": {"predict_xstart": True}, "velocity": {"predict_v": True}}
+VARIANCES = {"small": {"sigma_small": True}, "large": {}, "learned": {"learn_sigma": True}}
+SCHEDULES = {
+    f"{base} {name}": {"noise_schedule": base, **changes}
+    for base in ("linear", "cosine")
+    for name, changes in {
+        "as it is": {},
+        "shifted down": {"snr_shift": 0.25},
+        "shifted up": {"snr_shift": 4.0},
+        "without signal": {"zero_terminal_snr": True},
+    }.items()
+}
+
+
+def optimal_network(process):
+    """What the best network puts out for Gaussian data, the variance included."""
+    bar, before = (
+        torch.from_numpy(p) for p in (process.alphas_cumprod, process.alphas_cumprod_prev)
+    )
+    alpha, sigma = bar.sqrt(), (1 - bar).sqrt()
+    # Bayes' rule for x_{t-1} given x_t, of which x_{t-1} is Gaussian too.
+    own, noisier = before * STD**2 + 1 - before, bar * STD**2 + 1 - bar
+    variance = own * (1 - bar / before * own / noisier)
+    small, large = (
+        torch.from_numpy(p) for p in (process.posterior_log_variance_clipped, process.log_betas)
+    )
+    share = 2 * (variance.log() - small) / (large - small).clamp(min=1e-12) - 1
+    index = {model_t: t for t, model_t in enumerate(process.timestep_map)}
+
+    def network(x, model_t):
+        t = index[model_t[0].item()]
+        a, s = alpha[t], sigma[t]
+        x_start = posterior_mean(x, a, s)
+        noise = (x - a * x_start) / s
+        output = {
+            ModelMeanType.START_X: x_start,
+            ModelMeanType.EPSILON: noise,
+            ModelMeanType.VELOCITY: a * noise - s * x_start,
+        }[process.model_mean_type]
+        if process.model_var_type is ModelVarType.LEARNED_RANGE:
+            output = torch.cat([output, share[t].expand_as(output)], dim=1)
+        return output
+
+    return network
+
+
+class Impulses:
+    """In place of noise: draw k is 1 in row k and else 0.
+
+    Here all is linear, so the last row but the first tell what each draw weighs in the result, and
+    with that its mean and standard deviation, exactly.
+    """
+
+    def __init__(self, *_):
+        self.drawn = 0
+
+    def __call__(self, like):
+        self.drawn += 1
+        rows = torch.arange(len(like)) == self.drawn
+        return rows.double().reshape(-1, *[1] * (like.dim() - 1))
+
+
+def exact_moments(process, sampler, steps, spacing):
+    timesteps = solvers.choose_timesteps(process, steps, spacing)
+    if sampler in ("ancestral", "ddim"):
+        process, timesteps = on_timesteps(process, timesteps), None
+    rows = sampling.draw(
+        optimal_network(process),
+        process,
+        range(steps + 2),
+        (1, 1, 1),
+        seed=0,
+        device="cpu",
+        sampler=sampler,
+        timesteps=timesteps,
+        clip_denoised=False,
+    ).flatten()
+    return rows[0].item(), (rows[1:] - rows[0]).norm().item()
+
+
+# How far 20 steps, even in the signal-to-noise ratio, are from the standard deviation of the data.
+WITHIN = {"ddim": 0.06, "heun": 0.02, "dpmpp_2m": 0.01, "dpmpp_2m_sde": 0.02, "unipc": 0.002}
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("sampler", sampling.SAMPLERS)
+def test_every_combination_draws_gaussian_data(sampler, schedule, monkeypatch):
+    monkeypatch.setattr(sampling, "SampleNoise", Impulses)
+    results = {}
+    for (mean_name, mean), (name, variance) in itertools.product(
+        PARAMETRISATIONS.items(), VARIANCES.items()
+    ):
+        flags = {**SCHEDULES[schedule], **mean, **variance}
+        if mean_name == "noise" and "zero_terminal_snr" in flags:
+            continue
+        process = create_gaussian_diffusion(steps=1000, **flags)
+        results[mean_name, name] = exact_moments(process, sampler, 20, "logsnr")
+    by_variance = {name: results["velocity", name] for name in VARIANCES}
+    for (_, name), moments in results.items():
+        assert moments == pytest.approx(by_variance[name], abs=1e-9)
+    for name, (mean, std) in by_variance.items():
+        # x_T is taken to be pure noise, of which all but the last schedule are a little short.
+        assert mean == pytest.approx(MEAN, abs=1e-9 if "without" in schedule else 2e-3)
+        if sampler != "ancestral":
+            assert std == pytest.approx(STD, abs=WITHIN[sampler])
+        elif name == "learned":  # which is right for any number of steps
+            assert std == pytest.approx(STD, abs=1e-3)
+        else:  # the best variance lies between the two
+            assert 0 < (std - STD) * (1 if name == "large" else -1) < 0.1
+
+
+@pytest.mark.parametrize(("spacing", "steps"), [("uniform", 100), ("trailing", 50), ("karras", 25)])
+@pytest.mark.parametrize("sampler", sampling.SAMPLERS)
+def test_every_spacing_of_a_process_without_signal(sampler, spacing, steps, monkeypatch):
+    monkeypatch.setattr(sampling, "SampleNoise", Impulses)
+    process = create_gaussian_diffusion(
+        steps=1000,
+        noise_schedule="cosine",
+        zero_terminal_snr=True,
+        predict_v=True,
+        learn_sigma=True,
+    )
+    mean, std = exact_moments(process, sampler, steps, spacing)
+    assert mean == pytest.approx(MEAN, abs=1e-9)
+    assert std == pytest.approx(STD, abs=0.06)
+
+
 def eps_network(x, t):
     """Not linear in x, and different at every timestep."""
     return torch.tanh(1.5 * x) * (0.8 + 0.2 * t.reshape(-1, 1, 1, 1) / 1000)
@@ -242,18 +369,22 @@ def test_equals_diffusers(name):
 
 def test_timesteps():
     linear = create_gaussian_diffusion(steps=1000)
+    ended = create_gaussian_diffusion(steps=1000, zero_terminal_snr=True, predict_v=True)
     assert solvers.choose_timesteps(linear, 250, "uniform") == sorted(space_timesteps(1000, "250"))
     assert solvers.choose_timesteps(linear, 5, "trailing") == [199, 399, 599, 799, 999]
     for spacing in solvers.SPACINGS:
-        assert solvers.choose_timesteps(linear, 1, spacing) == [999]
-        assert solvers.choose_timesteps(linear, 1000, spacing) == list(range(1000))
+        for process in (linear, ended):
+            assert solvers.choose_timesteps(process, 1, spacing) == [999]
+            assert solvers.choose_timesteps(process, 1000, spacing) == list(range(1000))
+        assert solvers.choose_timesteps(on_timesteps(ended, [999]), 1, spacing) == [0]
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("changes", [{}, {"zero_terminal_snr": True, "predict_v": True}])
 @pytest.mark.parametrize("steps", [2, 10, 20, 50, 400])
 @pytest.mark.parametrize("spacing", ["logsnr", "karras"])
-def test_timesteps_spread_in_noise(schedule, steps, spacing):
-    process = create_gaussian_diffusion(steps=1000, noise_schedule=schedule)
+def test_timesteps_spread_in_noise(schedule, changes, steps, spacing):
+    process = create_gaussian_diffusion(steps=1000, noise_schedule=schedule, **changes)
     chosen = solvers.choose_timesteps(process, steps, spacing)
     assert len(chosen) == steps
     assert sorted(set(chosen)) == chosen

@@ -7,10 +7,12 @@ from conftest import relative_error
 
 from improved_diffusion.nn import normalization, timestep_embedding
 from improved_diffusion.script_util import (
+    create_gaussian_diffusion,
     create_model,
     create_model_and_diffusion,
     model_and_diffusion_defaults,
     sr_create_model_and_diffusion,
+    sr_model_and_diffusion_defaults,
 )
 from improved_diffusion.unet import AttentionBlock, ResBlock, SuperResModel, UNetModel, Upsample
 
@@ -219,6 +221,13 @@ def test_residual_block_starts_as_identity():
         ({"predict_xstart": True, "predict_v": True}, "exclude each other"),
         ({"noise_schedule": "quadratic"}, "known are linear, cosine"),
         ({"timestep_respacing": "2000"}, "--timestep_respacing 2000"),
+        ({"snr_shift": "half"}, "--snr_shift half: give a number above 0, or auto"),
+        ({"zero_terminal_snr": True}, "add --predict_v True or --predict_xstart True"),
+        ({"sigma_gradient": "none"}, "--sigma_gradient none: choose from auto, full, head"),
+        (
+            {"sigma_gradient": "head", "learn_sigma": False},
+            "about a learned variance",
+        ),
     ],
 )
 def test_impossible_flags_are_refused(change, message):
@@ -265,3 +274,66 @@ def test_upsampling_repeats_in_either_layout():
         assert torch.equal(y, expected)
         y.sum().backward()
         assert torch.equal(own.grad, torch.full_like(x, 4.0))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_detached_variance_trains_its_rows_of_the_last_layer_only(dtype):
+    """The trunk's gradient is the squared error's; values and last layer are those of the other."""
+    process = create_gaussian_diffusion(steps=1000, learn_sigma=True, predict_xstart=True)
+    generator = torch.Generator().manual_seed(0)
+    x0, noise = torch.randn(2, 2, 2, 8, 8, generator=generator)
+    t = torch.tensor([1, 5])
+    values, gradients = {}, {}
+    for name in ("full", "head"):
+        model = fill(UNetModel(**SMALL, detach_variance=name == "head"))
+        model.compute_dtype = dtype
+        terms = process.training_losses(model, x0.tanh(), t, noise=noise)
+        values[name] = terms
+        for loss in ("mse", "loss"):
+            grads = torch.autograd.grad(
+                terms[loss].mean(), model.parameters(), retain_graph=loss == "mse"
+            )
+            own = dict(zip((key for key, _ in model.named_parameters()), grads))
+            gradients[name, loss] = own
+        with torch.no_grad():
+            again = process.training_losses(model, x0.tanh(), t, noise=noise)
+        torch.testing.assert_close(again["loss"], terms["loss"])
+    for term, value in values["full"].items():
+        assert torch.equal(values["head"][term], value), term
+
+    last = ("out.2.weight", "out.2.bias")
+    head, full, mse = (
+        gradients[key] for key in (("head", "loss"), ("full", "loss"), ("full", "mse"))
+    )
+    trunk = [key for key in head if key not in last]
+    for key in trunk:
+        assert relative_error(head[key], mse[key]) < (1e-4 if dtype is None else 0.02), key
+    apart = [relative_error(full[key], mse[key]) for key in trunk]
+    assert min(apart) > 1  # the bound's gradient is the larger part of it
+    for key in last:
+        mean, variance = head[key].chunk(2)
+        torch.testing.assert_close(mean, mse[key].chunk(2)[0])
+        torch.testing.assert_close(variance, full[key].chunk(2)[1])
+
+
+@pytest.mark.parametrize(
+    ("changes", "detached"),
+    [
+        ({}, False),
+        ({"predict_v": True}, False),
+        ({"predict_xstart": True}, True),
+        ({"predict_xstart": True, "use_kl": True}, False),
+        ({"predict_xstart": True, "learn_sigma": False}, False),
+        ({"predict_xstart": True, "sigma_gradient": "full"}, False),
+        ({"sigma_gradient": "head"}, True),
+    ],
+)
+def test_what_sigma_gradient_stands_for(changes, detached):
+    flags = {**model_and_diffusion_defaults(), "image_size": 32, **changes}
+    sr_flags = {**sr_model_and_diffusion_defaults(), **changes}
+    with torch.device("meta"):
+        assert create_model_and_diffusion(**flags)[0].detach_variance is detached
+        model, _ = sr_create_model_and_diffusion(**sr_flags)
+        assert model.detach_variance is detached
+        plain, _ = sr_create_model_and_diffusion(**{**sr_flags, "sigma_gradient": "full"})
+    assert list(model.state_dict()) == list(plain.state_dict())
