@@ -1,7 +1,7 @@
 """The report's experiments: one definition of each, for training and for sampling.
 
-The scripts in the folders beside this file call ``train(name)`` and ``sample(name)``. README.md
-says how to run them.
+Beside them stand two of this project's own, in its recipe for BraTS slices. The scripts in the
+folders beside this file call ``train(name)`` and ``sample(name)``. README.md says how to run them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -44,6 +44,15 @@ LSUN_NETWORK: Flags = {
     "rescale_learned_sigmas": False,
     "rescale_timesteps": False,
 }
+# Of these what the recipe leaves to the user; whatever else sets it apart is the recipe's.
+ARCHITECTURE = (
+    "image_size",
+    "num_channels",
+    "num_res_blocks",
+    "num_heads",
+    "use_scale_shift_norm",
+    "attention_resolutions",
+)
 # Their unconditional CIFAR-10 model, trained on L_hybrid.
 CIFAR10_NETWORK: Flags = {
     "image_size": 32,
@@ -66,31 +75,37 @@ BESIDE_SAMPLES = 8
 
 @dataclass(frozen=True)
 class Training:
-    """The flags of ``image_train.py`` that set one experiment apart from the others."""
+    """The flags of ``image_train.py`` that set one experiment apart from the others.
+
+    ``None`` leaves a flag out: the recipe or its default decides.
+    """
 
     max_steps: int
     batch_size: int
-    lr: str = "1e-4"
-    microbatch: int = -1
+    lr: str | None = "1e-4"
+    microbatch: int | str = -1
     save_interval: int = 10_000
     pictures: str = ""  # the folder of ordinary pictures that --data_dir must name; else slices
+    ema_warmup: bool | None = False
+    more: Flags = field(default_factory=dict)  # which the others leave at their defaults
 
 
 @dataclass(frozen=True)
 class Sampling:
     """What is sampled by default, and how."""
 
-    batch_size: int
+    batch_size: int | str
     num_samples: int
     steps: tuple[int, ...] = ()
     types: tuple[str, ...] = ("ema_0.9999",)
     timestep_respacing: str = ""
+    sampler: str = "ancestral"  # where no timesteps are named; empty: the default, in few steps
     published: str = ""  # address of a checkpoint that others have trained; then there are no steps
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """An experiment of the report.
+    """An experiment of the report, or one in the recipe.
 
     :param network: the flags that training and sampling must agree on.
     :param training: None: others have trained it.
@@ -99,6 +114,7 @@ class Experiment:
     network: Flags
     training: Training | None
     sampling: Sampling
+    in_report: bool = True
 
 
 @dataclass(frozen=True)
@@ -118,6 +134,33 @@ class SampleFolder:
 def slices(channels: str) -> Flags:
     """The network of the experiments on slices of these channels."""
     return {"channels": channels, "in_channels": len(channels.split(",")), **LSUN_NETWORK}
+
+
+def in_recipe(channels: str, max_steps: int) -> Experiment:
+    """The same network of these channels, trained as ``--preset brats`` says.
+
+    :param max_steps: a third of the steps, and so of the images, of the report's experiment.
+    """
+    architecture = {flag: LSUN_NETWORK[flag] for flag in ARCHITECTURE}
+    return Experiment(
+        {
+            "preset": "brats",
+            "channels": channels,
+            "in_channels": len(channels.split(",")),
+            **architecture,
+        },
+        Training(
+            max_steps=max_steps,
+            batch_size=128,
+            lr=None,
+            microbatch="auto",
+            save_interval=5_000,
+            ema_warmup=None,
+            more={"precision": "auto", "keep_checkpoints": 4},
+        ),
+        Sampling(batch_size="auto", num_samples=1000, steps=(max_steps,), sampler=""),
+        in_report=False,
+    )
 
 
 EXPERIMENTS = {
@@ -198,6 +241,8 @@ EXPERIMENTS = {
             timestep_respacing="250",
         ),
     ),
+    "two_channel_brats": in_recipe("T1CE,Seg", max_steps=20_000),
+    "five_channel_brats": in_recipe("FLAIR,Seg,T1,T1CE,T2", max_steps=15_000),
 }
 
 
@@ -218,8 +263,9 @@ def become_training(name: str) -> None:
     training = experiment.training
     assert training is not None
     parser = argparse.ArgumentParser(
-        description=f"Train {name} of the report. Any flag of scripts/image_train.py may be added "
-        "and wins over the experiment's, for example --data_dir SLICES.",
+        description=f"Train {name}{' of the report' if experiment.in_report else ''}. Any flag of "
+        "scripts/image_train.py may be added and wins over the experiment's, for example "
+        "--data_dir SLICES.",
         allow_abbrev=False,
     )
     add_print_flag(parser)
@@ -235,9 +281,11 @@ def become_training(name: str) -> None:
         "batch_size": training.batch_size,
         "microbatch": training.microbatch,
         "ema_rate": "0.9999",
-        "ema_warmup": False,
+        "ema_warmup": training.ema_warmup,
         "max_steps": training.max_steps,
+        **training.more,
     }
+    flags = {flag: value for flag, value in flags.items() if value is not None}
     command = command_line("image_train.py", flags, extra)
     if args.print:
         print(shlex.join(command))
@@ -284,8 +332,8 @@ def sample_each(name: str) -> None:
     }
     if args.timestep_respacing:
         flags["timestep_respacing"] = args.timestep_respacing
-    elif "--use_ddim" not in extra:
-        flags["sampler"] = "ancestral"  # in every timestep, which is no longer the default
+    elif experiment.sampling.sampler and "--use_ddim" not in extra:
+        flags["sampler"] = experiment.sampling.sampler
 
     def command(own: SampleFolder) -> list[str]:
         # With a network that was trained with other flags, the experiment's would contradict it.
@@ -435,9 +483,10 @@ def write_figures(
 def sample_parser(name: str, experiment: Experiment) -> argparse.ArgumentParser:
     """The flags of the ``sample.py`` of an experiment."""
     sampling = experiment.sampling
+    every = "every timestep" if sampling.sampler else "the few steps of the default sampler"
     parser = argparse.ArgumentParser(
-        description=f"Sample from {name} as the report did. Any flag of scripts/image_sample.py "
-        "may be added and wins over the experiment's.",
+        description=f"Sample from {name}{' as the report did' if experiment.in_report else ''}. "
+        "Any flag of scripts/image_sample.py may be added and wins over the experiment's.",
         allow_abbrev=False,
     )
     if sampling.published:
@@ -471,7 +520,7 @@ def sample_parser(name: str, experiment: Experiment) -> argparse.ArgumentParser:
     parser.add_argument(
         "--timestep_respacing",
         default=sampling.timestep_respacing,
-        help='"" takes every timestep (default: "%(default)s")',
+        help=f'"" takes {every} (default: "%(default)s")',
     )
     parser.add_argument(
         "--sample_dir",

@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from improved_diffusion import brats, checkpoint, logger
+from improved_diffusion.architecture import RECIPES
 from improved_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -47,6 +48,13 @@ CIFAR10_NETWORK = (
     "--in_channels 3 --image_size 32 --num_channels 128 --num_res_blocks 3 --learn_sigma True "
     "--dropout 0.3 --diffusion_steps 4000 --noise_schedule cosine"
 )
+# In the recipe only what makes the network as large; the recipe decides the rest.
+ARCHITECTURE = (
+    "--image_size 256 --num_channels 128 --num_res_blocks 2 --num_heads 1 "
+    "--use_scale_shift_norm False --attention_resolutions 16"
+)
+TWO_BRATS = f"--preset brats --channels T1CE,Seg --in_channels 2 {ARCHITECTURE}"
+FIVE_BRATS = f"--preset brats --channels FLAIR,Seg,T1,T1CE,T2 --in_channels 5 {ARCHITECTURE}"
 TRAIN = {
     "cifar10": (
         "--out_dir Checkpoints/cifar10 --log_interval 10 --save_interval 10000 "
@@ -88,6 +96,16 @@ TRAIN = {
         "--lr 1e-4 --batch_size 128 --microbatch 6 --ema_rate 0.9999 --ema_warmup False "
         "--max_steps 45000"
     ),
+    "two_channel_brats": (
+        "--out_dir Checkpoints/two_channel_brats --log_interval 10 --save_interval 5000 "
+        f"{TWO_BRATS} --batch_size 128 --microbatch auto --ema_rate 0.9999 --max_steps 20000 "
+        "--precision auto --keep_checkpoints 4"
+    ),
+    "five_channel_brats": (
+        "--out_dir Checkpoints/five_channel_brats --log_interval 10 --save_interval 5000 "
+        f"{FIVE_BRATS} --batch_size 128 --microbatch auto --ema_rate 0.9999 --max_steps 15000 "
+        "--precision auto --keep_checkpoints 4"
+    ),
 }
 # The flags before --model_path, and the checkpoints.
 SAMPLE = {
@@ -127,8 +145,17 @@ SAMPLE = {
             *("ema_0.9999_030000", "model030000"),
         ],
     ),
+    "two_channel_brats": (
+        f"{TWO_BRATS} --batch_size auto --num_samples 1000",
+        ["ema_0.9999_020000"],
+    ),
+    "five_channel_brats": (
+        f"{FIVE_BRATS} --batch_size auto --num_samples 1000",
+        ["ema_0.9999_015000"],
+    ),
 }
 NAMES = sorted(TRAIN)
+IN_RECIPE = ["five_channel_brats", "two_channel_brats"]
 
 
 def environment():
@@ -195,6 +222,13 @@ def test_sampling_has_the_reports_flags_and_then_the_users(name, tmp_path):
         ]
         for stem in stems
     ]
+
+
+@pytest.mark.parametrize("name", IN_RECIPE)
+def test_the_recipe_is_not_contradicted(name):
+    """A flag that stands beside ``--preset`` would win over the recipe's."""
+    named = {word.removeprefix("--") for word in TRAIN[name].split() if word.startswith("--")}
+    assert named & RECIPES["brats"].keys() == set()
 
 
 def paths(commands):
@@ -521,10 +555,12 @@ def files_of_samples(channels, count=2):
 
 CHANNELS = {"one_channel_exp2": ["T1CE"], "five_channel_exp1": list(brats.CHANNELS)}
 CHANNELS |= {f"two_channel_exp{number}": ["Seg", "T1CE"] for number in range(1, 5)}
+CHANNELS |= {"five_channel_brats": list(brats.CHANNELS)}
 FILES = ["ema_0.9999_{:06d}.pt", "model{:06d}.pt", "opt{:06d}.pt"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+# One of the two in the recipe is enough: they differ in their channels alone.
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "two_channel_brats"])
 def test_each_experiment_trains_and_samples(name, work, trained):
     channels = CHANNELS.get(name, [])
     folder = trained(name)
@@ -537,30 +573,39 @@ def test_each_experiment_trains_and_samples(name, work, trained):
     assert metadata["flags"]["in_channels"] == (len(channels) or 3)
     assert metadata["flags"]["image_size"] == 32
     # What README's small network does not replace is the report's.
-    assert metadata["flags"]["noise_schedule"] == ("cosine" if name == "cifar10" else "linear")
+    schedule = "cosine" if name in ("cifar10", *IN_RECIPE) else "linear"
+    assert metadata["flags"]["noise_schedule"] == schedule
     assert metadata["flags"]["dropout"] == (0.3 if name == "cifar10" else 0.0)
     assert metadata["flags"]["use_scale_shift_norm"] == (name == "cifar10")
+    used = checkpoint.training_state(str(folder / "model000002.pt"), 2)["flags"]
+    assert used["ema_warmup"] == (name in IN_RECIPE)
+    if name in IN_RECIPE:
+        assert {flag: used[flag] for flag in RECIPES["brats"]} == RECIPES["brats"]
+        assert used["keep_checkpoints"] == 4
 
     shown = script_of(name, "sample") if not channels else "two_channel_exp4/sample.py"
     flags = readme_flags(shown)
     assert flags == SAMPLE_FLAGS
     if name == "two_channel_exp3":  # raw models are sampled by the other tests
         flags += ["--types", "ema_0.9999"]
-    if name == "five_channel_exp1":
+    if name in ("five_channel_exp1", "five_channel_brats"):
         flags += ["--steps", "1,2"]
+    if name in IN_RECIPE:  # by the default sampler
+        flags += ["--timestep_respacing", ""]
+    suffix = "" if name in IN_RECIPE else "_4steps"
     output = succeeds(script_of(name, "sample"), *flags, cwd=work)
 
     samples = work / "Samples" / name
     kinds = ["ema_0.9999_"]
     if name in ("two_channel_exp4", "five_channel_exp1"):
         kinds.append("model")
-    steps = (1, 2) if name == "five_channel_exp1" else (2,)
-    sets = [f"{kind}{step:06d}_4steps" for step in steps for kind in kinds]
+    steps = (1, 2) if "1,2" in flags else (2,)
+    sets = [f"{kind}{step:06d}{suffix}" for step in steps for kind in kinds]
     figures = []
     if len(kinds) == 2:
-        figures += [f"ema_beside_raw_{step:06d}_4steps.png" for step in steps]
+        figures += [f"ema_beside_raw_{step:06d}{suffix}.png" for step in steps]
     if len(steps) == 2:
-        figures += ["evolution_ema_0.9999_4steps.png", "evolution_model_4steps.png"]
+        figures += [f"evolution_{kind.removesuffix('_')}{suffix}.png" for kind in kinds]
     assert sorted(os.listdir(samples)) == sorted(sets + figures)
     assert output.count("wrote ") == len(sets) + len(figures)
     for own in sets:
@@ -568,8 +613,10 @@ def test_each_experiment_trains_and_samples(name, work, trained):
         record = json.loads((samples / own / "samples.json").read_text())
         assert record["channels"] == channels
         assert record["shape"] == [2, 32, 32, len(channels) or 3]
-        assert record["step"] == int(own.removesuffix("_4steps")[-6:])
-        assert record["flags"]["timestep_respacing"] == "4"
+        assert record["step"] == int(own.removesuffix(suffix)[-6:])
+        assert record["flags"]["timestep_respacing"] == ("" if name in IN_RECIPE else "4")
+        expected = ("dpmpp_2m_sde", 15) if name in IN_RECIPE else ("ancestral", 4)
+        assert (record["sampler"], record["evaluations"]) == expected
     panels = {own: panel_sizes(samples / own) for own in figures}
     for own, (width, height) in panels.items():
         # Two samples, each panel enlarged to 128 pixels.
