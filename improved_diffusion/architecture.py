@@ -34,7 +34,7 @@ NOT_IN_SHAPES = (
     "num_heads",
     "rescale_timesteps",
 )
-# The same of what the published models leave at its default.
+# What else leaves none there, and has its default in the published models.
 TRACELESS = (
     "num_heads_upsample",
     "predict_xstart",

@@ -141,6 +141,10 @@ def test_wrong_heads_and_contradictions_name_both_values(published):
         complete_flags("x.pt", shapes, {"num_channels": 64}, defaults)
     with pytest.raises(ValueError, match=r"--learn_sigma False .* True"):
         complete_flags("x.pt", shapes, {"learn_sigma": False}, defaults)
+    for name, said, there in (("snr_shift", "2", "1"), ("zero_terminal_snr", True, False)):
+        with pytest.raises(ValueError, match=f"--{name} {said} .* --{name} {there};"):
+            complete_flags("x.pt", shapes, {**full, name: said}, defaults)
+    assert complete_flags("x.pt", shapes, {**full, "snr_shift": "1.0"}, defaults)
 
 
 def test_another_model_of_published_shapes(golden):
