@@ -22,6 +22,7 @@ from improved_diffusion import __version__, brats, cli, dist_util, figures
 from improved_diffusion.evaluation import (
     distribution,
     extractors,
+    intervals,
     memorisation,
     pictures,
     report,
@@ -31,6 +32,7 @@ from improved_diffusion.fp16_util import allow_tf32
 from improved_diffusion.samples import write_sample_folder
 from improved_diffusion.script_util import add_dict_to_argparser
 
+BLOCK = 256  # slices that are copied at once
 SHOWN = 16  # real slices and samples in the picture
 RECORD, PAGE = "evaluation.json", "report.html"
 
@@ -81,6 +83,11 @@ class SliceSet:
     def __len__(self) -> int:
         return len(self.images)
 
+    @property
+    def shared(self) -> np.ndarray | None:
+        """``patients``, where one has several slices: else each slice is drawn alone."""
+        return self.patients if len(np.unique(self.patients)) < len(self) else None
+
 
 def evaluate(description: str) -> None:
     """Read the command line, evaluate, and write the report into a new folder."""
@@ -96,17 +103,27 @@ def evaluate(description: str) -> None:
     extractor = extractors.open_extractor(
         args.extractor, args.extractor_weights, args.extractor_sha256, dist_util.dev()
     )
-    sampled = _read_samples(args)
-    channels = list(sampled.channels or [])
     with tempfile.TemporaryFile() as room:
-        real, train = _read_real(args, channels, sampled.samples.shape[1], _Rows(room))
+        rows = _Rows(room)
+        sampled, patients = _read_samples(args, rows)
+        channels = list(sampled.channels or [])
+        real, train = _read_real(args, channels, sampled.samples.shape[1], rows)
+        whose = {
+            name: own
+            for name, own in (
+                ("real", real.shared),
+                ("samples", patients),
+                ("train", train and train.shared),
+            )
+            if own is not None
+        }
         sets = {"real": real.images, "samples": sampled.samples}
         distribution.check_sets(sets | ({"train": train.images} if train else {}), channels)
         partial = Path(f"{args.out_dir}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:
             partial.mkdir(parents=True)
-            flags = _evaluate(args, sampled, channels, real, train, extractor, partial)
+            flags = _evaluate(args, sampled, channels, real, train, whose, extractor, partial, rows)
             if args.filter_to:
                 _filter(args, sampled, channels, flags)
             if bf.isdir(args.out_dir):
@@ -149,21 +166,27 @@ class _Rows:
         return np.memmap(self.file, np.uint8, "r+" if start else "w+", start, shape)
 
 
-def _read_samples(args: argparse.Namespace) -> figures.SampleSet:
+def _read_samples(
+    args: argparse.Namespace, rows: _Rows
+) -> tuple[figures.SampleSet, np.ndarray | None]:
     """The samples, their channels in the order in which they stand in the arrays.
+
+    Samples of a slice folder may be real slices: then also their patients, see
+    :attr:`SliceSet.shared`.
 
     :raises ValueError: no samples, without names of their channels, or too few.
     """
-    path = args.samples
+    path, patients = args.samples, None
     is_folder = bf.isdir(path)
     is_slices = is_folder and not any(name.endswith(".npz") for name in bf.listdir(path))
     if is_slices and any(bf.isdir(bf.join(path, name)) for name in brats.CHANNELS):
         names = [name for name in brats.CHANNELS if bf.isdir(bf.join(path, name))]
         names = brats.parse_channels(args.channels) if args.channels else names
-        found = read_slices(path, names, "all", None)
+        found = read_slices(path, names, "all", None, rows)
+        patients = found.shared
         sampled = figures.SampleSet(path, found.images, {"channels": names})
     else:
-        sampled = figures.read_sample_set(path)
+        sampled = figures.read_sample_set(path, mapped=True)
         names = brats.parse_channels(args.channels) if args.channels else sampled.channels
         if not names:
             raise ValueError(
@@ -183,7 +206,10 @@ def _read_samples(args: argparse.Namespace) -> figures.SampleSet:
         places = [known.index(name) for name in names]
         samples = sampled.samples
         if places != list(range(len(known))):
-            samples = np.ascontiguousarray(samples[..., places])
+            samples = rows.take((*samples.shape[:3], len(places)))
+            for start in range(0, len(samples), BLOCK):
+                block = slice(start, start + BLOCK)
+                samples[block] = sampled.samples[block][..., places]
         record = {**sampled.record, "channels": names}
         sampled = dataclasses.replace(sampled, samples=samples, record=record)
     count = len(sampled.samples)
@@ -194,7 +220,8 @@ def _read_samples(args: argparse.Namespace) -> figures.SampleSet:
         sampled = dataclasses.replace(
             sampled, samples=sampled.samples[: args.num_samples], labels=labels
         )
-    return sampled
+        patients = None if patients is None else patients[: args.num_samples]
+    return sampled, patients
 
 
 def _read_real(
@@ -269,14 +296,22 @@ def _evaluate(
     channels: list[str],
     real: SliceSet,
     train: SliceSet | None,
+    whose: dict[str, np.ndarray],
     extractor: extractors.Extractor,
     folder: Path,
+    rows: _Rows,
 ) -> validity.Flags:
+    """``whose``: set -> the patients of its slices, where one has several."""
     samples = sampled.samples
     found: dict[str, Any] = {
         "version": __version__,
         "command": cli.command_line(sys.argv),
-        "samples": {"path": args.samples, "count": len(samples), "size": list(samples.shape[1:3])},
+        "samples": {
+            "path": args.samples,
+            "count": len(samples),
+            "size": list(samples.shape[1:3]),
+            **({"patients": len(set(whose["samples"].tolist()))} if "samples" in whose else {}),
+        },
         "made": {key: value for key, value in sampled.record.items() if key != "channels"},
         "channels": channels,
         "real": _counts(args.real, real),
@@ -293,8 +328,8 @@ def _evaluate(
     flags, real_flags = validity.check(measured, limits), validity.check(of_real, limits)
     found["validity"] = {
         "limits": limits.limits,
-        "samples": validity.report(measured, flags),
-        "real": validity.report(of_real, real_flags),
+        "samples": validity.report(measured, flags, whose.get("samples")),
+        "real": validity.report(of_real, real_flags, whose.get("real")),
         "flagged": flags.reasons,
     }
     shown = min(SHOWN, len(samples), len(real))
@@ -317,6 +352,7 @@ def _evaluate(
             channels,
             extractor,
             train=train.images if train else None,
+            patients=whose,
             neighbours=args.neighbours,
             pairs=args.pairs,
             progress=count,
@@ -324,8 +360,10 @@ def _evaluate(
     sections.append(("Distribution", _distribution_section(found["distribution"])))
 
     if train:
-        found["memorisation"] = _memorisation(samples, channels, real, train, extractor, folder)
-        sections.append(("Memorisation", _memorisation_section(found["memorisation"], folder)))
+        found["memorisation"] = _memorisation(
+            samples, channels, real, train, whose.get("samples"), extractor, folder, rows
+        )
+        sections.append(("Memorisation", _memorisation_section(found, folder)))
     else:
         text = "Not measured: --real has no training patients beside its test patients; name the "
         sections.append(("Memorisation", report.paragraph(text + "training slices with --train.")))
@@ -362,11 +400,17 @@ def _memorisation(
     channels: Sequence[str],
     real: SliceSet,
     train: SliceSet,
+    sample_patients: np.ndarray | None,
     extractor: extractors.Extractor,
     folder: Path,
+    rows: _Rows,
 ) -> dict[str, Any]:
-    small = memorisation.shrink(train.images, channels, progress=cli.progress)
-    own = memorisation.nearest(samples, small, channels, progress=cli.progress)
+    small, small_samples = (
+        memorisation.shrink(own, channels, out=rows.take(shape), progress=cli.progress)
+        for own in (train.images, samples)
+        for shape in [memorisation.shrunk_shape(own.shape)]
+    )
+    own = memorisation.nearest(small_samples, small, channels, progress=cli.progress)
     groups = {"sample_groups": real.patients, "train_groups": train.patients}
     others = memorisation.nearest(real.images, small, channels, **groups, progress=cli.progress)
     sets = (train.images, samples, real.images)
@@ -379,7 +423,13 @@ def _memorisation(
         memorisation.nearest_features(of_samples, of_train, progress=cli.progress),
         memorisation.nearest_features(of_real, of_train, **groups, progress=cli.progress),
     )
-    found = memorisation.report(own, others, features=neighbours, held_out_groups=real.patients)
+    found = memorisation.report(
+        own,
+        others,
+        features=neighbours,
+        held_out_groups=real.patients,
+        sample_groups=sample_patients,
+    )
     path = str(folder / "memorisation.png")
     pictures.similarity_figure(own, others, found, path, features=neighbours)
     if found["worst"]:
@@ -402,7 +452,6 @@ def _filter(
     kept = np.flatnonzero(~flags.any())
     if not len(kept):
         raise ValueError(f"--filter_to {args.filter_to}: every sample has a flag, none is left")
-    samples = sampled.samples[kept]
     record = {**sampled.record, "filtered_from": args.samples, "kept": kept.tolist()}
     for name in ("channels", "shape", "classes", "seconds_per_sample"):
         record.pop(name, None)
@@ -410,11 +459,11 @@ def _filter(
     write_sample_folder(
         args.filter_to,
         channels,
-        lambda indices: samples[indices.start : indices.stop],
+        lambda indices: sampled.samples[kept[indices.start : indices.stop]],
         record,
-        num_samples=len(samples),
-        batch_size=256,
-        shape=samples.shape[1:],
+        num_samples=len(kept),
+        batch_size=BLOCK,
+        shape=sampled.samples.shape[1:],
         settings={"--samples": args.samples, "kept": kept.tolist()},
         labels=None if sampled.labels is None else sampled.labels[kept],
         classes=classes,
@@ -431,10 +480,10 @@ def _shown(path: Path, caption: str) -> str:
 def _overview(found: dict[str, Any]) -> str:
     size = " x ".join(map(str, found["samples"]["size"]))
     rows = [
-        ("samples", f"{found['samples']['count']}", "", found["samples"]["path"]),
         *(
-            (name, str(own["count"]), str(own["patients"]), own["path"])
+            (name, str(own["count"]), str(own.get("patients", "")), own["path"])
             for name, own in (
+                ("samples", found["samples"]),
                 ("real slices compared with", found["real"]),
                 ("training slices", found["train"]),
             )
@@ -450,18 +499,49 @@ def _overview(found: dict[str, Any]) -> str:
         text += f"Drawn from {made['checkpoint']}, step {made.get('step')}. "
     text += (
         "Brackets hold 95 % intervals; coloured rows differ by more than these. Slices of one "
-        "patient are alike, which the intervals do not know: with few real patients small "
-        "differences mean little."
+        "patient are alike: where a set holds several of one, its intervals cover the chance in "
+        "its patients, otherwise in its images as if each were drawn alone. No interval covers the "
+        "chance in the training."
     )
+    text += _few_patients(found)
     header = ("set", "slices", "patients", "path")
     return report.paragraph(text) + report.table(header, [(row, False) for row in rows])
+
+
+def _few_patients(found: dict[str, Any]) -> str:
+    """What to think of intervals over a handful of patients; nothing where there are more."""
+    few = [
+        f"The {name} {'is' if own['patients'] == 1 else 'are'} of {own['patients']} "
+        f"patient{'s' if own['patients'] > 1 else ''} only"
+        for name, own in (("real slices", found["real"]), ("samples", found["samples"]))
+        if own.get("patients", own["count"]) < min(intervals.FEWEST_PATIENTS, own["count"])
+    ]
+    if not few:
+        return ""
+    return (
+        f" {'; '.join(few)}: fewer than {intervals.FEWEST_PATIENTS} tell hardly anything of others."
+        " Their intervals of shares and means are therefore Student's, or as wide as if all slices "
+        "of a patient were equal, or, of one patient, all that is possible; where none is given, "
+        "nothing is known. That of the share of near samples in the part on memorisation is too "
+        "narrow."
+    )
 
 
 def _validity_section(found: dict[str, Any], folder: Path) -> str:
     text = (
         "Measured on raw levels. A flag means that no real slice resembles the sample in this "
         "measure: the limits lie beyond those of the real slices. Measures of background, "
-        "agreement and tumour leave out channels that are all noise or constant."
+        "agreement and tumour leave out channels that are all noise or constant. "
+    )
+    if "patients" in found["real"]:
+        text += (
+            f"Intervals of the real slices are over their {found['real']['patients']} patients; of "
+            "a flag that none or all of the slices have as if all slices of a patient were equal. "
+        )
+    text += (
+        "A flag that no real slice has is coloured also where the samples' interval lies above "
+        f"{1 - validity.REAL_PASS:.0%}, the most that the limits leave out of the slices that they "
+        "are set on."
     )
     rows = report.validity_rows(found["samples"], found["real"])
     return (
@@ -480,18 +560,28 @@ def _distribution_section(found: dict[str, Any]) -> str:
     text += (
         f". Images: {sizes}. The floor is what real training slices measure against the same real "
         "slices: a perfect model comes down to it, and one that copies may come below. In the row "
-        "of MS-SSIM the last column is that of the real slices."
+        "of MS-SSIM the last column is that of the real slices. What the intervals cover: "
     )
+    text += "; ".join(
+        f"{report.DISTANCES[key]}, {words}" for key, words in found["intervals"].items()
+    )
+    if found["patients"]:
+        patients = " and ".join(f"{count} in {name}" for name, count in found["patients"].items())
+        text += f". The chance in slices that share patients is that in the patients: {patients}."
+    else:
+        text += "."
     header = ("channel", "measure", "samples", "floor")
     return report.paragraph(text, note=True) + report.table(header, report.distribution_rows(found))
 
 
-def _memorisation_section(found: dict[str, Any], folder: Path) -> str:
+def _memorisation_section(everything: dict[str, Any], folder: Path) -> str:
+    found, patients = everything["memorisation"], everything["real"]["patients"]
     text = (
         "Each sample's nearest training slice, by correlation at 64 x 64 pixels (flips included) "
         "and by distance of features; the same for held-out real slices, without their own "
         "patient. A model that does not memorise has about the expected share of samples nearer "
-        "than 99 % of the held-out slices."
+        "than 99 % of the held-out slices. The interval covers the chance in the "
+        f"{patients} held-out patients, which set the threshold, and in the samples."
     )
     header = ("by", "share nearer", "expected", "threshold", "samples / held-out slices")
     shown = _shown(folder / "memorisation.png", "How near the sets come to the training slices.")
@@ -521,3 +611,5 @@ def _print(found: dict[str, Any]) -> None:
     print(f"{'':<{width}}  {'samples':<28}  real or floor")
     for (what, own, other), marked in rows:
         print(f"{what:<{width}}  {own:<28}  {other}{'   *' if marked else ''}")
+    if few := _few_patients(found):
+        print(few.strip())

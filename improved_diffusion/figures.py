@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import os
+import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -338,10 +339,13 @@ class SampleSet:
         return self.samples[start : start + (num or left)]
 
 
-def read_sample_set(path: str) -> SampleSet:
+def read_sample_set(path: str, *, mapped: bool = False) -> SampleSet:
     """Read the samples that ``image_sample.py`` wrote, and how they were made.
 
     :param path: the ``.npz`` file, or a sample folder that holds exactly one.
+    :param mapped: leave the samples in the file, as a read-only memory map, where it is a local one
+        that is not compressed (``image_sample.py``'s are not). They are still read once, block by
+        block, to compare their checksum.
     :raises ValueError: no such file, it holds no such array, or samples.json is damaged.
     """
     file_path = path
@@ -361,8 +365,13 @@ def read_sample_set(path: str) -> SampleSet:
     if not bf.exists(file_path):
         raise ValueError(f"there is no file {file_path}: give the .npz that image_sample.py wrote")
     try:
-        with bf.BlobFile(file_path, "rb") as file, np.load(io.BytesIO(file.read())) as arrays:
-            samples = arrays["arr_0"]
+        mapped = mapped and os.path.isfile(file_path)
+        samples = _mapped(file_path) if mapped else None
+        with (
+            bf.BlobFile(file_path, "rb") as file,
+            np.load(file if mapped else io.BytesIO(file.read())) as arrays,
+        ):
+            samples = arrays["arr_0"] if samples is None else samples
             labels = arrays.get("arr_1")
     except Exception as error:  # numpy, zipfile and pickle each raise their own
         raise ValueError(
@@ -394,6 +403,33 @@ def read_sample_set(path: str) -> SampleSet:
             "it away"
         ) from error
     return SampleSet(path, samples, record, labels)
+
+
+def _mapped(path: str) -> np.ndarray | None:
+    """``arr_0`` of an .npz as a memory map; None where it is compressed or no plain array.
+
+    A member's bytes follow its local header: 30 bytes, of which the last four are the lengths of
+    the name and of the extra field behind them (APPNOTE.TXT of the zip format, 4.3.7).
+
+    :raises Exception: a damaged file, of many kinds.
+    """
+    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        entry = archive.getinfo("arr_0.npy")
+        with archive.open(entry) as member:
+            version = np.lib.format.read_magic(member)
+            if entry.compress_type != zipfile.ZIP_STORED or version != (1, 0):
+                return None
+            shape, fortran_order, kind = np.lib.format.read_array_header_1_0(member)
+            header = member.tell()
+            while member.read(2**22):  # to its end, where the checksum is compared
+                pass
+        if fortran_order or kind.hasobject or 0 in shape:
+            return None
+        if entry.file_size != header + math.prod(shape) * kind.itemsize:
+            raise ValueError(f"{entry.file_size} bytes, but an array {list(shape)} of {kind}")
+        file.seek(entry.header_offset + 26)
+        name, extra = np.frombuffer(file.read(4), dtype="<u2").tolist()
+    return np.memmap(path, kind, "r", entry.header_offset + 30 + name + extra + header, shape)
 
 
 def read_samples(path: str) -> tuple[np.ndarray, list[str] | None]:

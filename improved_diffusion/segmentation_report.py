@@ -18,8 +18,8 @@ import numpy as np
 
 from improved_diffusion import __version__, brats, figures, plots
 from improved_diffusion.evaluation import segmentation
+from improved_diffusion.evaluation.intervals import mean_interval
 from improved_diffusion.evaluation.segmentation import REGIONS, Data, Slices
-from improved_diffusion.evaluation.validity import mean_interval
 from improved_diffusion.files import atomic_write
 
 REFERENCE = "real"  # the arm that the others are compared with

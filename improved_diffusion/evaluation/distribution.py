@@ -10,8 +10,8 @@ features tell sets apart by texture, contrast, shape and sharpness, but weigh th
 distances on them are not FID or KID, whose names stand for the Inception network, and compare only
 with distances on the same features.
 
-Intervals are of 95 % and cover the chance in which samples were drawn as if each were drawn alone.
-Slices of one patient are alike, so that in truth they are wider.
+Intervals are of 95 %; :data:`INTERVALS` says what each covers. Where the patients of a set's slices
+are given, patients are what was drawn by chance, else each image alone.
 
 Shapes: samples are uint8 [N, H, W, C]; features are float64 [N, D].
 """
@@ -27,7 +27,7 @@ import torch
 from torch.nn import functional
 
 from improved_diffusion.brats import MASK_CHANNEL, MASK_CODES
-from improved_diffusion.evaluation import validity
+from improved_diffusion.evaluation import intervals, validity
 
 if TYPE_CHECKING:
     from improved_diffusion.evaluation.extractors import Extractor
@@ -56,6 +56,18 @@ PAIRS = 1000
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 WINDOW, WINDOW_DEVIATION = 11, 1.5
 C1, C2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+
+# What the interval of each measure covers. Where a set's patients are known, they are drawn in the
+# place of its images.
+INTERVALS = {
+    "frechet_distance": "no interval: its bias exceeds its chance error, compare with the floor",
+    "kernel_distance": "the chance in both sets",
+    "precision": "the chance in the samples, with the balls of the real slices as they are",
+    "recall": "the chance in the real slices, with the balls of the samples as they are",
+    "density": "the chance in both sets, with the balls' radii as they are",
+    "coverage": "the chance in the real slices, with their balls and the samples as they are",
+    "ms_ssim": "the chance in its one set",
+}
 
 Entry = dict[str, Any]
 
@@ -167,7 +179,12 @@ def _cross_trace(root_a: np.ndarray, root_b: np.ndarray) -> float:
     return np.sqrt(np.linalg.eigvalsh(inner).clip(min=0)).sum()
 
 
-def kernel_distance(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+def kernel_distance(
+    a: np.ndarray,
+    b: np.ndarray,
+    patients_a: np.ndarray | None = None,
+    patients_b: np.ndarray | None = None,
+) -> dict[str, float]:
     """Unbiased squared maximum mean discrepancy of two sets, with its 95 % interval.
 
     The kernel is (x y / D + 1) ** 3, Binkowski et al. 2018, section 4. The expected value is 0
@@ -175,8 +192,14 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
     normal with the jackknife's variance, over the samples of both sets; drawing with replacement
     would make pairs of equal samples, which bias the estimate.
 
+    Of a set whose patients are given the jackknife leaves out patients, each with all of its
+    slices, and the interval is Student's for the set with fewer. The estimate stays: it takes pairs
+    of slices of one patient for pairs like others, so that few patients make it larger.
+
     :param a: features [N, D], see :func:`standardise`; ``b`` [M, D]; 3 samples or more in each.
-    :return: ``value``, ``low``, ``high``, ``error`` (the standard error).
+    :param patients_a: [N], whose slice each is; ``patients_b`` [M].
+    :return: ``value``, ``low``, ``high``, ``error`` (the standard error); only ``value`` where a
+        set without one of its patients holds no pair.
     """
     n, m = len(a), len(b)
     if min(n, m) < 3:
@@ -186,20 +209,54 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
     within_a, within_b, between = rows_a.sum(), rows_b.sum(), cross_a.sum()
 
     value = _discrepancy(within_a, n, within_b, m, between)
-    without_a = _discrepancy(within_a - 2 * rows_a, n - 1, within_b, m, between - cross_a)
-    without_b = _discrepancy(within_a, n, within_b - 2 * rows_b, m - 1, between - cross_b)
-    variance = without_a.var() * (n - 1) + without_b.var() * (m - 1)
+    own_a, of_a, left_a = _left_out(a, rows_a, cross_a, patients_a)
+    own_b, of_b, left_b = _left_out(b, rows_b, cross_b, patients_b)
+    if np.min(left_a) < 2 or np.min(left_b) < 2:
+        return {"value": float(value)}
+    without_a = _discrepancy(within_a - own_a, left_a, within_b, m, between - of_a)
+    without_b = _discrepancy(within_a, n, within_b - own_b, left_b, between - of_b)
+    draws_a, draws_b = len(without_a), len(without_b)
+    variance = without_a.var() * (draws_a - 1) + without_b.var() * (draws_b - 1)
     error = math.sqrt(variance)
+    drawn = [len(of) for of, own in ((of_a, patients_a), (of_b, patients_b)) if own is not None]
+    off = _errors_off(drawn) * error
     return {
         "value": float(value),
-        "low": float(value - 1.96 * error),
-        "high": float(value + 1.96 * error),
+        "low": float(value - off),
+        "high": float(value + off),
         "error": error,
     }
 
 
+def _left_out(
+    own: np.ndarray, rows: np.ndarray, cross: np.ndarray, patients: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | int]:
+    """What goes with each image, or each patient, of sums of the kernel; how many images stay.
+
+    :param own: features [N, D]; ``rows`` [N] are their sums to the others of their set, ``cross``
+        [N] to the other set.
+    """
+    if patients is None:
+        return 2 * rows, cross, len(own) - 1
+    numbers, count = intervals.numbered(patients)
+    inside = np.array([_sums_to_others(own[numbers == i]).sum() for i in range(count)])
+    sizes = np.bincount(numbers)
+    # Pairs inside a patient are in the rows of both.
+    within = 2 * np.bincount(numbers, rows) - inside
+    return within, np.bincount(numbers, cross), len(own) - sizes
+
+
+def _errors_off(drawn: Sequence[int]) -> float:
+    """Standard errors from a value to its interval's ends, with these numbers of patients."""
+    return intervals.student(min(drawn)) if drawn else 1.96
+
+
 def _discrepancy(
-    within_a: np.ndarray, n: int, within_b: np.ndarray, m: int, between: np.ndarray
+    within_a: np.ndarray,
+    n: np.ndarray | int,
+    within_b: np.ndarray,
+    m: np.ndarray | int,
+    between: np.ndarray,
 ) -> np.ndarray:
     """The estimate from sums of the kernel over pairs, of which those within leave out i = j."""
     return within_a / (n * (n - 1)) + within_b / (m * (m - 1)) - 2 * between / (n * m)
@@ -225,7 +282,11 @@ def _sums_to_others(a: np.ndarray) -> np.ndarray:
 
 
 def manifold_measures(
-    real: np.ndarray, samples: np.ndarray, neighbours: int = NEIGHBOURS
+    real: np.ndarray,
+    samples: np.ndarray,
+    neighbours: int = NEIGHBOURS,
+    real_patients: np.ndarray | None = None,
+    sample_patients: np.ndarray | None = None,
 ) -> dict[str, Entry]:
     """Precision, recall, density and coverage on balls around the features of each image.
 
@@ -237,10 +298,16 @@ def manifold_measures(
     Equal images are common among masks, and their balls, of radius 0, hold each other. Density
     therefore counts each ball over the number of real images in it; without ties these are k, as
     published. Of a set with itself, precision, recall and coverage are 1, density is 1 + 1 / k.
-    All four depend on both counts. The intervals hold the balls fixed.
+    All four depend on both counts. The intervals, see :func:`.intervals.mean_interval`, hold the
+    balls fixed. Precision is a mean over the samples, recall and coverage are over the real images,
+    and their intervals cover the chance in these. Density is both: its interval covers the samples
+    and, where they are given, the real patients, with the two distances from the value added as
+    independent errors are (Zou & Donner 2008).
 
     :param real: features [N, D]; ``samples`` [M, D].
     :param neighbours: k. What needs balls of k images or fewer has no value, but the reason.
+    :param real_patients: [N], whose slice each is, where several are of one patient;
+        ``sample_patients`` [M].
     :return: ``{"value", "low", "high"}`` for each, or ``{"value": None, "reason"}``.
     """
     n, m = len(real), len(samples)
@@ -253,15 +320,18 @@ def manifold_measures(
         radii, held = _balls(real, neighbours, tie)
         inside = np.zeros(m, dtype=bool)
         density = np.zeros(m)
-        covered = np.zeros(n, dtype=bool)
+        reached = np.zeros(n)
         for rows, distances in _squared_distances(samples, real):
             hit = distances <= radii + tie
             inside[rows] = hit.any(axis=1)
             density[rows] = hit @ (1 / held)
-            covered |= hit.any(axis=0)
-        measured["precision"] = validity.mean_interval(inside)
-        measured["density"] = validity.mean_interval(density)
-        measured["coverage"] = validity.mean_interval(covered)
+            reached += hit.sum(axis=0)
+        measured["precision"] = intervals.mean_interval(inside, sample_patients, 1)
+        measured["density"] = intervals.mean_interval(density, sample_patients)
+        if real_patients is not None:
+            of_real = intervals.mean_interval(reached / held * (n / m), real_patients)
+            measured["density"] = _both(measured["density"], of_real)
+        measured["coverage"] = intervals.mean_interval(reached > 0, real_patients, 1)
     else:
         reason = missing.format(n, "real images", neighbours, neighbours + 1)
         measured |= {key: without_value(reason) for key in ("precision", "density", "coverage")}
@@ -270,11 +340,23 @@ def manifold_measures(
         found = np.zeros(n, dtype=bool)
         for rows, distances in _squared_distances(real, samples):
             found[rows] = (distances <= radii + tie).any(axis=1)
-        measured["recall"] = validity.mean_interval(found)
+        measured["recall"] = intervals.mean_interval(found, real_patients, 1)
     else:
         reason = missing.format(m, "samples", neighbours, neighbours + 1)
         measured["recall"] = without_value(reason)
     return {key: measured[key] for key in ("precision", "recall", "density", "coverage")}
+
+
+def _both(one: Entry, other: Entry) -> Entry:
+    """The value of one, with the interval of two independent errors; none if either has none."""
+    value = one["value"]
+    if "low" not in one or "low" not in other:
+        return {"value": value}
+    below, above = (
+        math.hypot(*(abs(own[end] - own["value"]) for own in (one, other)))
+        for end in ("low", "high")
+    )
+    return {"value": value, "low": max(0.0, value - below), "high": value + above}
 
 
 def without_value(reason: str) -> Entry:
@@ -362,21 +444,29 @@ def _window_matrix(size: int) -> torch.Tensor:
 
 
 def diversity(
-    images: np.ndarray, channels: Sequence[str], pairs: int = PAIRS, seed: int = 0
+    images: np.ndarray,
+    channels: Sequence[str],
+    pairs: int = PAIRS,
+    seed: int = 0,
+    patients: np.ndarray | None = None,
+    chosen: np.ndarray | None = None,
 ) -> dict[str, Entry]:
     """Mean multi-scale similarity of random pairs of a set: 1 where all images are equal.
 
     The black background alone makes it high; it compares with that of real images of one size.
     :data:`ALL` is the mean over the channels of a pair. The interval is normal with the
-    jackknife's variance over the images.
+    jackknife's variance over the images; over the patients, and Student's, where these are given.
 
-    :param images: uint8 [N, H, W, C].
+    :param images: uint8 [N, H, W, C]; a memory map is read pair by pair.
     :param channels: names of the C channels, or none.
     :param pairs: how many distinct pairs are drawn; all of them, where there are no more.
+    :param patients: [N], whose slice each is, where several are of one patient.
+    :param chosen: numbers of the images that make the set, N of them; None: all.
     :return: ``{"value", "low", "high", "pairs"}``, or ``{"value": None, "reason"}``, for each
         channel and for all.
     """
-    n, height, width, count = images.shape
+    chosen = np.arange(len(images)) if chosen is None else chosen
+    n, (height, width, count) = len(chosen), images.shape[1:]
     keys = [*channels, ALL]
     if n < 2 or min(height, width) < WINDOW:
         reason = (
@@ -390,11 +480,11 @@ def diversity(
     values = np.empty((len(first), count))
     for start in range(0, len(first), step):
         rows = slice(start, start + step)
-        a, b = images[first[rows]], images[second[rows]]
+        a, b = images[chosen[first[rows]]], images[chosen[second[rows]]]
         for i in range(count):
             values[rows, i] = multi_scale_similarity(a[..., i], b[..., i])
     columns = [*(values.T if channels else []), values.mean(axis=1)]
-    return {key: _pair_mean(own, first, second, n) for key, own in zip(keys, columns)}
+    return {key: _pair_mean(own, first, second, n, patients) for key, own in zip(keys, columns)}
 
 
 def random_pairs(n: int, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -407,17 +497,28 @@ def random_pairs(n: int, count: int, seed: int = 0) -> tuple[np.ndarray, np.ndar
     return chosen - second * (second - 1) // 2, second
 
 
-def _pair_mean(values: np.ndarray, first: np.ndarray, second: np.ndarray, n: int) -> Entry:
+def _pair_mean(
+    values: np.ndarray,
+    first: np.ndarray,
+    second: np.ndarray,
+    n: int,
+    patients: np.ndarray | None = None,
+) -> Entry:
+    numbers = np.arange(n)
+    if patients is not None:
+        numbers, n = intervals.numbered(patients)
+    first, second = numbers[first], numbers[second]
+    apart = first != second  # a pair of one patient leaves with it once
     sums, counts = np.zeros(n), np.zeros(n)
-    for own in (first, second):
-        np.add.at(sums, own, values)
-        np.add.at(counts, own, 1)
+    for own, held in ((first, slice(None)), (second, apart)):
+        np.add.at(sums, own[held], values[held])
+        np.add.at(counts, own[held], 1)
     entry: Entry = {"value": float(values.mean()), "pairs": len(values)}
     left = len(values) - counts
     if (left > 0).all():
         without = (values.sum() - sums) / left
-        error = math.sqrt(without.var() * (n - 1))
-        entry |= {"low": entry["value"] - 1.96 * error, "high": entry["value"] + 1.96 * error}
+        off = _errors_off([] if patients is None else [n]) * math.sqrt(without.var() * (n - 1))
+        entry |= {"low": entry["value"] - off, "high": entry["value"] + off}
     return entry
 
 
@@ -425,11 +526,17 @@ def _pair_mean(values: np.ndarray, first: np.ndarray, second: np.ndarray, n: int
 
 
 def compare(
-    real: np.ndarray, samples: np.ndarray, neighbours: int = NEIGHBOURS
+    real: np.ndarray,
+    samples: np.ndarray,
+    neighbours: int = NEIGHBOURS,
+    real_patients: np.ndarray | None = None,
+    sample_patients: np.ndarray | None = None,
 ) -> dict[str, Entry]:
     """All measures on features of two sets.
 
     :param real: features [N, D]; ``samples`` [M, D].
+    :param real_patients: [N], whose slice each is, where several are of one patient;
+        ``sample_patients`` [M].
     :return: ``frechet_distance``, ``kernel_distance``, ``precision``, ``recall``, ``density`` and
         ``coverage``, each with its ``value``, or None and the ``reason``. The Frechet distance has
         no interval, because its bias is larger than its chance error: its floor tells.
@@ -447,11 +554,11 @@ def compare(
                 "floor of as many"
             )
     if fewest >= 3:
-        kernel = kernel_distance(samples, real)
+        kernel = kernel_distance(samples, real, sample_patients, real_patients)
     return {
         "frechet_distance": frechet,
         "kernel_distance": kernel,
-        **manifold_measures(real, samples, neighbours),
+        **manifold_measures(real, samples, neighbours, real_patients, sample_patients),
     }
 
 
@@ -462,6 +569,7 @@ def table(
     extractor: Extractor,
     *,
     train: np.ndarray | None = None,
+    patients: dict[str, np.ndarray] | None = None,
     neighbours: int = NEIGHBOURS,
     pairs: int = PAIRS,
     progress: Callable[[int], object] | None = None,
@@ -479,11 +587,14 @@ def table(
         [M, H, W, C], raw; ``train`` [T, H, W, C]. They may be memory maps.
     :param channels: names of the C channels; none for pictures, which are only measured as a
         whole.
+    :param patients: ``real``, ``samples`` or ``train`` -> whose slice each is, [N], [M] or [T], of
+        the sets that hold several of one patient; see :data:`INTERVALS`.
     :param neighbours: see :func:`manifold_measures`.
     :param pairs: see :func:`diversity`.
     :param progress: is called with a number of images whose features are there, of
         :func:`passes` in all.
-    :return: plain values for JSON: ``extractor``, ``counts`` of images, ``neighbours``,
+    :return: plain values for JSON: ``extractor``, ``counts`` of images, ``patients`` (of the sets
+        where they are given, their number), ``neighbours``, ``intervals`` (:data:`INTERVALS`),
         ``channels``: name or :data:`ALL` -> ``samples`` and ``floor``: measure -> entry, see
         :func:`compare` and :func:`diversity`; and ``real``: only ``ms_ssim``.
     :raises ValueError: sets that cannot be compared, see :func:`check_sets`; no neighbours or
@@ -495,31 +606,50 @@ def table(
     if train is not None:
         sets["floor"] = train
     check_sets(sets, channels)
+    chosen = {key: np.arange(len(own)) for key, own in sets.items()}
     if train is not None:
-        sets["floor"] = _as_many(train, len(samples))
-    found = {key: _features(own, channels, extractor, progress) for key, own in sets.items()}
-    similarity = {key: diversity(own, channels, pairs) for key, own in sets.items()}
+        chosen["floor"] = _as_many(len(train), len(samples))
+    whose = {
+        key: patients[name][chosen[key]]
+        for key, name in (("real", "real"), ("samples", "samples"), ("floor", "train"))
+        if patients and name in patients and key in sets
+    }
+    of_each = {
+        key: diversity(own, channels, pairs, patients=whose.get(key), chosen=chosen[key])
+        for key, own in sets.items()
+    }
     rows: dict[str, Any] = {}
-    for channel in found["real"]:
-        features = [own[channel] for own in found.values()]
-        if extractor.scaled:
-            features = scale(*features)
-        rows[channel] = {
-            key: compare(features[0], own, neighbours) if key != "real" else {}
-            for key, own in zip(found, features)
-        }
-        for key, row in rows[channel].items():
-            row["ms_ssim"] = similarity[key][channel]
+    dimensions = {}
+    planes: list[tuple[str, Any]] = [(name, i) for i, name in enumerate(channels)]
+    for channel, plane in [*planes, (ALL, slice(None))]:
+        # Of one channel after the other: features of many images fill the memory.
+        if channel != ALL or len(channels) != 1:
+            found = [
+                extractor(own[..., plane], progress, chosen=chosen[key])
+                for key, own in sets.items()
+            ]
+            if extractor.scaled:
+                found = scale(*found)
+        dimensions[channel] = found[0].shape[1]
+        rows[channel] = {}
+        for key, own in zip(sets, found):
+            measured = {}
+            if key != "real":
+                of_both = whose.get("real"), whose.get(key)
+                measured = compare(found[0], own, neighbours, *of_both)
+            rows[channel][key] = {**measured, "ms_ssim": of_each[key][channel]}
     return {
         "extractor": {
             "name": extractor.name,
             "sha256": extractor.sha256,
             "frechet_distance": extractor.frechet_name,
             "kernel_distance": extractor.kernel_name,
-            "dimensions": {channel: own.shape[1] for channel, own in found["real"].items()},
+            "dimensions": dimensions,
         },
-        "counts": {key: len(own) for key, own in sets.items()},
+        "counts": {key: len(own) for key, own in chosen.items()},
+        "patients": {key: len(np.unique(own)) for key, own in whose.items()},
         "neighbours": neighbours,
+        "intervals": INTERVALS,
         "channels": rows,
     }
 
@@ -529,21 +659,11 @@ def passes(counts: Sequence[int], channels: Sequence[str]) -> int:
     return sum(counts) * (len(channels) + (len(channels) != 1))
 
 
-def _features(
-    samples: np.ndarray,
-    channels: Sequence[str],
-    extractor: Extractor,
-    progress: Callable[[int], object] | None,
-) -> dict[str, np.ndarray]:
-    found = {name: extractor(samples[..., i], progress) for i, name in enumerate(channels)}
-    found[ALL] = found[channels[0]] if len(channels) == 1 else extractor(samples, progress)
-    return found
-
-
-def _as_many(images: np.ndarray, count: int) -> np.ndarray:
-    if count >= len(images):
-        return images
-    return images[np.sort(np.random.default_rng(0).permutation(len(images))[:count])]
+def _as_many(found: int, count: int) -> np.ndarray:
+    """Numbers of ``count`` of so many images, in order; of all, where there are no more."""
+    if count >= found:
+        return np.arange(found)
+    return np.sort(np.random.default_rng(0).permutation(found)[:count])
 
 
 def check_sets(sets: dict[str, np.ndarray], channels: Sequence[str]) -> None:
@@ -586,8 +706,9 @@ def _size(shape: Sequence[int]) -> str:
 
 def _check_codes(name: str, masks: np.ndarray) -> None:
     counts = np.zeros(256, dtype=np.int64)
-    for start in range(0, len(masks), BLOCK):
-        counts += np.bincount(masks[start : start + BLOCK].ravel(), minlength=256)
+    step = max(1, BLOCK * BLOCK // masks[0].size)
+    for start in range(0, len(masks), step):
+        counts += np.bincount(masks[start : start + step].ravel(), minlength=256)
     levels = set(np.flatnonzero(counts).tolist())
     foreign = levels - set(MASK_CODES)
     coded = 1 < len(levels) <= len(MASK_CODES) and (

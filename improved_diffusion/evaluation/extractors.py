@@ -55,13 +55,18 @@ class Extractor:
     batch_size: int
 
     def __call__(
-        self, images: np.ndarray, progress: Callable[[int], object] | None = None
+        self,
+        images: np.ndarray,
+        progress: Callable[[int], object] | None = None,
+        *,
+        chosen: np.ndarray | None = None,
     ) -> np.ndarray:
         """Features of images, which are read batch by batch and may be a memory map.
 
         :param images: uint8 [N, H, W, C] or [N, H, W]. Masks are images of their grey levels,
             which are not snapped to codes.
         :param progress: is called after each batch with its number of images.
+        :param chosen: numbers of the images whose features to take, [N]; None: all.
         :return: float64 [N, D].
         :raises ValueError: images of another type or shape.
         """
@@ -72,9 +77,10 @@ class Extractor:
                 "images are a uint8 array of shape [N, H, W, C], none of them 0, found "
                 f"{images.dtype} {list(images.shape)}"
             )
+        chosen = np.arange(len(images)) if chosen is None else chosen
         parts = []
-        for start in range(0, len(images), self.batch_size):
-            batch = np.array(images[start : start + self.batch_size])
+        for start in range(0, len(chosen), self.batch_size):
+            batch = images[chosen[start : start + self.batch_size]]
             parts.append(self.of_batch(batch).astype(np.float64))
             if progress is not None:
                 progress(len(batch))

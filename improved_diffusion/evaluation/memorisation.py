@@ -81,6 +81,7 @@ def shrink(
     images: np.ndarray | Iterable[np.ndarray],
     channels: Sequence[str],
     *,
+    out: np.ndarray | None = None,
     progress: Progress = no_progress,
 ) -> np.ndarray:
     """Slices as they are compared: at most 64 pixels high and wide, their masks snapped to codes.
@@ -90,19 +91,26 @@ def shrink(
 
     :param images: uint8 [N, H, W, C], memory-mapped or not, or blocks of them.
     :param channels: names of the C channels.
-    :returns: uint8 [N, min(H, 64), min(W, 64), C] in memory: 20 KB for each slice of 5 channels.
+    :param out: where to write them, such as a memory map of the shape that :func:`shrunk_shape`
+        gives; None: memory, 20 KB for each slice of 5 channels. Not for blocks.
+    :returns: uint8 [N, min(H, 64), min(W, 64), C].
     :raises ValueError: another shape or data type, or names that do not fit.
     """
     if not isinstance(images, np.ndarray):
         return np.concatenate([_shrunk(np.array(block), channels) for block in images])
     check_samples(images, channels)
-    count, height, width, _ = images.shape
-    found = np.empty((count, min(height, SIZE), min(width, SIZE), len(channels)), np.uint8)
-    starts = range(0, count, SAMPLE_BLOCK)
+    found = np.empty(shrunk_shape(images.shape), np.uint8) if out is None else out
+    starts = range(0, len(images), SAMPLE_BLOCK)
     for start in progress(starts, total=len(starts), desc="shrinking", unit="block"):
         rows = slice(start, start + SAMPLE_BLOCK)
         found[rows] = _shrunk(np.array(images[rows]), channels)
     return found
+
+
+def shrunk_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """Of slices [N, H, W, C] after :func:`shrink`."""
+    count, height, width, channels = shape
+    return count, min(height, SIZE), min(width, SIZE), channels
 
 
 def _shrunk(images: np.ndarray, channels: Sequence[str]) -> np.ndarray:
@@ -146,7 +154,8 @@ def nearest(
     in, so that slices without tumour would be nearer than others, and how many a set has of them
     would decide how near it is.
 
-    :param samples: uint8 [N, H, W, C]; of memory-mapped ones a shrunk copy is made, 20 KB each.
+    :param samples: uint8 [N, H, W, C]. Of larger ones a shrunk copy is made in memory, 20 KB each;
+        what :func:`shrink` has made, memory-mapped or not, is read block by block.
     :param train: uint8 [M, H, W, C].
     :param channels: names of the C channels.
     :param sample_groups: [N], whose slice each sample is (a number or a name), where it is a real
@@ -154,7 +163,7 @@ def nearest(
     :raises ValueError: another shape or data type, names that do not fit, sets of different sizes,
         or groups of only one set.
     """
-    samples, train = shrink(samples, channels), shrink(train, channels)
+    samples, train = _small(samples, channels), _small(train, channels)
     if samples.shape[1:] != train.shape[1:]:
         raise ValueError(
             f"the samples [N, H, W, C] are {list(samples.shape)}, the training slices "
@@ -168,8 +177,10 @@ def nearest(
     reference = _mean_spectrum(train)
     for rows, columns in _blocks(len(samples), len(train), progress):
         if rows.start == 0:
-            train_parts, train_constant = _parts(train[columns], channels, reference)
-        parts, own_constant = _parts(samples[rows], channels, reference)
+            of_train = _shrunk(np.array(train[columns]), channels)
+            train_parts, train_constant = _parts(of_train, channels, reference)
+        own = _shrunk(np.array(samples[rows]), channels)
+        parts, own_constant = _parts(own, channels, reference)
         constant[:, rows] = own_constant
         excluded = same_group(rows, columns)
         joint = torch.zeros(4, rows.stop - rows.start, columns.stop - columns.start)
@@ -190,6 +201,12 @@ def nearest(
     return Nearest(
         joint_search.found(), {name: own.found() for name, own in zip(channels, searches)}
     )
+
+
+def _small(images: np.ndarray, channels: Sequence[str]) -> np.ndarray:
+    """Slices of at most 64 pixels, with masks raw or not; what is so small stays where it is."""
+    check_samples(images, channels)
+    return images if images.shape == shrunk_shape(images.shape) else shrink(images, channels)
 
 
 @torch.no_grad()
@@ -336,7 +353,7 @@ def _mean_spectrum(images: np.ndarray) -> torch.Tensor:
     """Mean share of each channel's power in each ring, [C, rings], of images [M, H, W, C]."""
     total = 0
     for start in range(0, len(images), SAMPLE_BLOCK):
-        power = _spectrum(_centred(images[start : start + SAMPLE_BLOCK]))[2]
+        power = _spectrum(_centred(np.array(images[start : start + SAMPLE_BLOCK])))[2]
         total += (power / power.sum(dim=2, keepdim=True).clamp(min=LEAST_POWER)).sum(dim=1)
     return total / len(images)
 
@@ -395,7 +412,10 @@ def flipped(image: np.ndarray, flip: str) -> np.ndarray:
 
 
 def compare(
-    samples: Neighbours, held_out: Neighbours, held_out_groups: np.ndarray | None = None
+    samples: Neighbours,
+    held_out: Neighbours,
+    held_out_groups: np.ndarray | None = None,
+    sample_groups: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Share of samples that are nearer to a training slice than 99 % of the held-out slices are.
 
@@ -412,12 +432,14 @@ def compare(
 
     :param held_out_groups: [M], the patient of each held-out slice; without, slices are drawn as
         if each were of another patient, which makes the interval too narrow.
+    :param sample_groups: [N], the same of samples that are real slices: the posterior is then that
+        of as many samples as there are patients, as if all slices of one were equal.
     :returns: ``threshold`` (a correlation, or a distance), ``samples`` and ``held_out`` (how many
         have a neighbour), ``expected``, and ``share``: ``{"value", "low", "high"}``. Without a
         sample or a held-out slice that has a neighbour: both numbers only.
     """
-    own, there = np.sort(samples.nearness), np.isfinite(held_out.nearness)
-    own = own[np.isfinite(own)]
+    found, there = np.isfinite(samples.nearness), np.isfinite(held_out.nearness)
+    own = np.sort(samples.nearness[found])
     others = held_out.nearness[there]
     counts = {"samples": len(own), "held_out": len(others)}
     if not len(own) or not len(others):
@@ -431,11 +453,13 @@ def compare(
     if held_out_groups is not None:
         groups = np.asarray(held_out_groups)[there]
     members = [np.flatnonzero(groups == name) for name in np.unique(groups)]
+    drawn_samples = len(own) if sample_groups is None else len(np.unique(sample_groups[found]))
     draws = []
     for _ in range(BOOTSTRAP_DRAWS):
         drawn = rng.integers(0, len(members), len(members))
         count = above(_threshold(others[np.concatenate([members[i] for i in drawn])]))
-        draws.append(rng.beta(count + 0.5, len(own) - count + 0.5))
+        count *= drawn_samples / len(own)
+        draws.append(rng.beta(count + 0.5, drawn_samples - count + 0.5))
     low, high = np.percentile(draws, [2.5, 97.5])
     threshold = _threshold(others)
     value = above(threshold) / len(own)
@@ -464,12 +488,13 @@ def report(
     *,
     features: tuple[Neighbours, Neighbours] | None = None,
     held_out_groups: np.ndarray | None = None,
+    sample_groups: np.ndarray | None = None,
     worst: int = 20,
 ) -> dict[str, Any]:
     """All comparisons of one set of samples, and its pairs that are most alike.
 
     :param features: the neighbours in feature space of the samples and of the held-out slices.
-    :param held_out_groups: as for :func:`compare`.
+    :param held_out_groups: as for :func:`compare`; so is ``sample_groups``.
     :param worst: how many pairs.
     :returns: ``joint`` and ``features`` (where given) as of :func:`compare`; ``channels``: name ->
         the same; ``worst``: of the samples with the highest joint correlation, that first,
@@ -477,7 +502,7 @@ def report(
     """
 
     def against(own: Neighbours, others: Neighbours) -> dict[str, Any]:
-        return compare(own, others, held_out_groups)
+        return compare(own, others, held_out_groups, sample_groups)
 
     found: dict[str, Any] = {"joint": against(samples.joint, held_out.joint)}
     found["channels"] = {

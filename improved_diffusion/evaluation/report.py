@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from improved_diffusion.brats import MASK_CODES
+from improved_diffusion.evaluation.validity import REAL_PASS
 
 Row = Sequence[str]
 
@@ -78,7 +79,12 @@ def differs(one: dict[str, Any] | None, other: dict[str, Any] | None) -> bool:
 
 
 def validity_rows(samples: dict[str, Any], real: dict[str, Any]) -> list[tuple[Row, bool]]:
-    """Rows (measure, samples, real) of two results of :func:`.validity.report`; which differ."""
+    """Rows (measure, samples, real) of two results of :func:`.validity.report`; which differ.
+
+    A flag that no real slice has differs also where more than 1 % of the samples surely have it:
+    the limits leave out no more of the slices that they are set on, however few real patients there
+    are here.
+    """
     rows: list[tuple[str, dict | None, dict | None, bool]] = [
         ("without a flag", samples["valid_share"], real["valid_share"], True)
     ]
@@ -86,6 +92,7 @@ def validity_rows(samples: dict[str, Any], real: dict[str, Any]) -> list[tuple[R
         for channel, share in of_channels.items():
             other = real["flagged"][flag][channel]
             rows.append((f"{FLAGS[flag]}: {channel}", share, other, True))
+    shares = len(rows)
     for name in ("background_level", "background_spread"):
         for channel in real[name]:
             what = name.replace("_", " ")
@@ -99,9 +106,19 @@ def validity_rows(samples: dict[str, Any], real: dict[str, Any]) -> list[tuple[R
         own = samples.get("label_shares", {}).get(code)
         rows.append((f"{LABELS[int(code)]}'s share of the slice", own, share, True))
     return [
-        ((what, number(own, percent), number(other, percent)), differs(own, other))
-        for what, own, other, percent in rows
+        (
+            (what, number(own, percent), number(other, percent)),
+            differs(own, other) or (i < shares and _surely_flagged(own, other)),
+        )
+        for i, (what, own, other, percent) in enumerate(rows)
     ]
+
+
+def _surely_flagged(own: dict[str, Any], real: dict[str, Any]) -> bool:
+    """Of shares with a flag; of those without, the first row, the other way round."""
+    return (real["value"] == 0 and own["low"] > 1 - REAL_PASS) or (
+        real["value"] == 1 and own["high"] < REAL_PASS
+    )
 
 
 def flagged_table(reasons: Sequence[dict[str, Any]]) -> str:

@@ -20,7 +20,7 @@ from torch import nn
 
 from improved_diffusion.batches import EpochBatches
 from improved_diffusion.brats import LABEL_NAMES, MASK_CODES
-from improved_diffusion.evaluation.validity import BOOTSTRAP_DRAWS
+from improved_diffusion.evaluation.intervals import BOOTSTRAP_DRAWS
 from improved_diffusion.seeds import derive_seed
 
 # The network's classes are the label codes' places: 0 background, 1 necrotic core, 2 oedema,

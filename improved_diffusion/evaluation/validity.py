@@ -13,7 +13,6 @@ Legend: N samples, H, W height and width, C channels.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from improved_diffusion.brats import CHANNELS, MASK_CHANNEL, MASK_CODES, snap_mask
+from improved_diffusion.evaluation.intervals import mean_interval, share_interval
 from improved_diffusion.parallel import Progress, no_progress
 
 # How many levels of 255 above its background a pixel shows tissue. Higher than what a network
@@ -32,9 +32,6 @@ CODE_TOLERANCE = 12
 BACKGROUND_LEVEL = 1
 # The width of the border frame, in which a slice shows no head, as a share of the shorter side.
 FRAME = 1 / 16
-
-BOOTSTRAP_DRAWS = 1000
-Z_95 = 1.959964  # of the normal distribution, two-sided
 
 
 def brain_outline(images: np.ndarray, threshold: int = TISSUE_LEVEL) -> np.ndarray:
@@ -229,50 +226,6 @@ def summary(samples: np.ndarray, channels: Sequence[str]) -> dict[str, dict[str,
         values["empty_mask_share"] = empty
         values["tumour_area"] = tumour_area(samples, channels)
     return {name: mean_interval(own) for name, own in values.items()}
-
-
-def mean_interval(values: np.ndarray) -> dict[str, float]:
-    """The mean and its 95 % interval: percentiles of bootstrap draws of the samples.
-
-    The seed is fixed, so equal values give equal intervals. The interval covers the chance in
-    which samples were drawn, not in how the model was trained. Its width is 0 where all values are
-    equal; of N samples that all pass, the share in truth may still be as low as 1 - 3 / N.
-
-    :param values: [N], numbers or bool.
-    :returns: ``{"value", "low", "high"}``.
-    :raises ValueError: no values.
-    """
-    values = np.asarray(values, dtype=np.float64)
-    n = len(values)
-    if n == 0:
-        raise ValueError("there are no values to take the mean of: give at least one sample")
-    rng = np.random.default_rng(0)
-    means = [values[rng.integers(0, n, n)].mean() for _ in range(BOOTSTRAP_DRAWS)]
-    low, high = np.percentile(means, [2.5, 97.5])
-    return {"value": float(values.mean()), "low": float(low), "high": float(high)}
-
-
-def share_interval(share: np.ndarray) -> dict[str, float]:
-    """A share and its 95 % score interval (Wilson 1927).
-
-    Its width is above 0 also where all or none of the samples have the property.
-
-    :param share: bool [N].
-    :returns: ``{"value", "low", "high"}``.
-    :raises ValueError: no values.
-    """
-    n = len(share)
-    if n == 0:
-        raise ValueError("there are no values to take the share of: give at least one sample")
-    found = int(np.count_nonzero(share))
-    value = found / n
-    spread = Z_95**2 / n
-    centre = (value + spread / 2) / (1 + spread)
-    half = math.sqrt(value * (1 - value) * spread + spread**2 / 4) / (1 + spread)
-    # Where none or all have it, the formula's end is exactly 0 or 1, up to rounding.
-    low = centre - half if found > 0 else 0.0
-    high = centre + half if found < n else 1.0
-    return {"value": value, "low": low, "high": high}
 
 
 # --- every measure at once, limits from real slices, flags ---------------------------------------
@@ -579,12 +532,12 @@ def _kind(own: Measured | Thresholds) -> str:
     return f"{height} x {width} pixels, channels {', '.join(own.channels)}"
 
 
-def report(samples: Measured, flags: Flags) -> dict[str, Any]:
+def report(samples: Measured, flags: Flags, patients: np.ndarray | None = None) -> dict[str, Any]:
     """Shares and means of one set; take it of the real slices and of the samples to compare them.
 
     Every number is ``{"value", "low", "high"}`` with its 95 % interval: :func:`share_interval` of
-    a share of the samples, :func:`mean_interval` of a mean. The intervals take samples for
-    independent; real slices of one patient are not, so theirs are too narrow.
+    a share of the samples, :func:`mean_interval` of a mean. Without ``patients`` the intervals take
+    samples for independent.
 
     - ``valid_share``: of samples without a flag,
     - ``flagged``: flag -> channel -> share of the samples,
@@ -596,49 +549,67 @@ def report(samples: Measured, flags: Flags) -> dict[str, Any]:
     constant, and samples whose measure depends on one, so that a mask of noise is no large tumour;
     how many these are is in ``flagged``. The mean of none is absent. ``mask_outside_brain`` is the
     mean over the samples with a tumour.
+
+    :param patients: [N], whose slice each is, of a set that holds several of one patient. Then the
+        intervals cover the chance in the patients; ``patients`` in the result is their number.
     """
     values = samples.values
     images = [name for name in samples.channels if name != MASK_CHANNEL]
     whole = {name: ~flags.broken([name]) for name in samples.channels}
     whole_images = ~flags.broken(images)
-    found: dict[str, Any] = {
-        "samples": samples.count,
-        "valid_share": share_interval(~flags.any()),
+    everyone = np.ones(samples.count, dtype=bool)
+
+    def of(kept: np.ndarray) -> np.ndarray | None:
+        return None if patients is None else patients[kept]
+
+    def share(found: np.ndarray, kept: np.ndarray = everyone) -> dict[str, float]:
+        return share_interval(found[kept], of(kept))
+
+    def mean(largest: float, own: np.ndarray, kept: np.ndarray) -> dict[str, float]:
+        return _mean_up_to(largest, own[kept], of(kept))
+
+    found: dict[str, Any] = {"samples": samples.count}
+    if patients is not None:
+        found["patients"] = len(np.unique(patients))
+    found |= {
+        "valid_share": share(~flags.any()),
         "flagged": {
-            flag: {channel: share_interval(own) for channel, own in of_channels.items()}
+            flag: {channel: share(own) for channel, own in of_channels.items()}
             for flag, of_channels in flags.flagged.items()
         },
     }
     for name in ("background_level", "background_spread"):
         found[name] = {
-            channel: _mean_up_to(255, own[whole[channel]])
+            channel: mean(255, own, whole[channel])
             for channel, own in values[name].items()
             if whole[channel].any()
         }
     means = {}
     if "channel_agreement" in values:
-        means["channel_agreement"] = values["channel_agreement"][ALL_IMAGES][whole_images]
+        means["channel_agreement"] = values["channel_agreement"][ALL_IMAGES], whole_images
     if MASK_CHANNEL in samples.channels:
-        means["off_code_share"] = values["off_code"][MASK_CHANNEL]
+        means["off_code_share"] = values["off_code"][MASK_CHANNEL], everyone
         labels = {code: values[f"label_{code}"][MASK_CHANNEL] for code in MASK_CODES[1:]}
         area = np.sum(list(labels.values()), axis=0)
         whole_mask = whole[MASK_CHANNEL]
         if images:
             outside = values["mask_outside_brain"][MASK_CHANNEL]
-            means["mask_outside_brain"] = outside[whole_mask & whole_images & (area > 0)]
-        means["tumour_area"] = area[whole_mask]
+            means["mask_outside_brain"] = outside, whole_mask & whole_images & (area > 0)
+        means["tumour_area"] = area, whole_mask
         if whole_mask.any():
-            found["empty_mask_share"] = share_interval(area[whole_mask] == 0)
+            found["empty_mask_share"] = share(area == 0, whole_mask)
             found["label_shares"] = {
-                str(code): _mean_up_to(1, share[whole_mask]) for code, share in labels.items()
+                str(code): mean(1, own, whole_mask) for code, own in labels.items()
             }
-    found.update({name: _mean_up_to(1, own) for name, own in means.items() if len(own)})
+    found.update({name: mean(1, own, kept) for name, (own, kept) in means.items() if kept.any()})
     return found
 
 
-def _mean_up_to(largest: float, values: np.ndarray) -> dict[str, float]:
+def _mean_up_to(
+    largest: float, values: np.ndarray, patients: np.ndarray | None
+) -> dict[str, float]:
     """The mean of values in [0, largest]; of a single one nothing narrower is known than that."""
-    found = mean_interval(values)
+    found = mean_interval(values, patients, largest)
     return found if len(values) > 1 else {**found, "low": 0.0, "high": float(largest)}
 
 
