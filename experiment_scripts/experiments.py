@@ -82,7 +82,7 @@ class Training:
 
     max_steps: int
     batch_size: int
-    lr: str | None = "1e-4"
+    lr: str = "1e-4"
     microbatch: int | str = -1
     save_interval: int = 10_000
     pictures: str = ""  # the folder of ordinary pictures that --data_dir must name; else slices
@@ -152,7 +152,6 @@ def in_recipe(channels: str, max_steps: int) -> Experiment:
         Training(
             max_steps=max_steps,
             batch_size=128,
-            lr=None,
             microbatch="auto",
             save_interval=5_000,
             ema_warmup=None,

@@ -100,14 +100,19 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
 }
 
-# Ways to train, for a network of any size: flags of the process and of the training. docs/recipe.md
-# tells how they were found.
+# Ways to train, for a network of any size: flags of the process, which docs/recipe.md measures, and
+# of the training, where the report's defaults would be one image at a time.
 RECIPES: dict[str, dict[str, Any]] = {
     "brats": {
         "predict_v": True,
         "learn_sigma": False,
         "sigma_small": True,
         "noise_schedule": "cosine",
+        "loss_weighting": "min_snr",
+        "batch_size": 16,
+        "microbatch": "auto",
+        "lr": 3e-4,
+        "warmup_steps": 100,
     },
 }
 

@@ -20,6 +20,7 @@ from improved_diffusion.script_util import (
     sr_create_model_and_diffusion,
     sr_model_and_diffusion_defaults,
 )
+from improved_diffusion.training_script import TRAINING_FLAGS
 
 # The published models under the names of the golden file and of the presets.
 PUBLISHED = {
@@ -98,9 +99,11 @@ def test_processes_of_the_presets():
 
 
 def test_a_recipe_sets_what_it_names_and_no_more():
-    defaults = {**model_and_diffusion_defaults(), "lr": 1e-4, "data_dir": ""}
+    training = {name: default for name, (default, _) in TRAINING_FLAGS.items()}
+    defaults = {**model_and_diffusion_defaults(), **training}
     recipe = preset_flags("brats", defaults)
     assert recipe == RECIPES["brats"]
+    assert all(type(value) is type(defaults[name]) for name, value in recipe.items())
     assert recipe["predict_v"] and not recipe["learn_sigma"]
     # Sizes and widths depend on the user's images and card.
     assert not recipe.keys() & {"image_size", "num_channels", "in_channels", "channel_mult"}

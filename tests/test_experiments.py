@@ -98,13 +98,13 @@ TRAIN = {
     ),
     "two_channel_brats": (
         "--out_dir Checkpoints/two_channel_brats --log_interval 10 --save_interval 5000 "
-        f"{TWO_BRATS} --batch_size 128 --microbatch auto --ema_rate 0.9999 --max_steps 20000 "
-        "--precision auto --keep_checkpoints 4"
+        f"{TWO_BRATS} --lr 1e-4 --batch_size 128 --microbatch auto --ema_rate 0.9999 "
+        "--max_steps 20000 --precision auto --keep_checkpoints 4"
     ),
     "five_channel_brats": (
         "--out_dir Checkpoints/five_channel_brats --log_interval 10 --save_interval 5000 "
-        f"{FIVE_BRATS} --batch_size 128 --microbatch auto --ema_rate 0.9999 --max_steps 15000 "
-        "--precision auto --keep_checkpoints 4"
+        f"{FIVE_BRATS} --lr 1e-4 --batch_size 128 --microbatch auto --ema_rate 0.9999 "
+        "--max_steps 15000 --precision auto --keep_checkpoints 4"
     ),
 }
 # The flags before --model_path, and the checkpoints.
@@ -226,9 +226,12 @@ def test_sampling_has_the_reports_flags_and_then_the_users(name, tmp_path):
 
 @pytest.mark.parametrize("name", IN_RECIPE)
 def test_the_recipe_is_not_contradicted(name):
-    """A flag that stands beside ``--preset`` would win over the recipe's."""
+    """A flag that stands beside ``--preset`` would win over the recipe's.
+
+    The batches and the learning rate are those of the report, to be comparable.
+    """
     named = {word.removeprefix("--") for word in TRAIN[name].split() if word.startswith("--")}
-    assert named & RECIPES["brats"].keys() == set()
+    assert named & RECIPES["brats"].keys() == {"lr", "batch_size", "microbatch"}
 
 
 def paths(commands):
@@ -580,7 +583,9 @@ def test_each_experiment_trains_and_samples(name, work, trained):
     used = checkpoint.training_state(str(folder / "model000002.pt"), 2)["flags"]
     assert used["ema_warmup"] == (name in IN_RECIPE)
     if name in IN_RECIPE:
-        assert {flag: used[flag] for flag in RECIPES["brats"]} == RECIPES["brats"]
+        # The run names a batch size of its own, and the experiment its learning rate.
+        own = {flag: used[flag] for flag in RECIPES["brats"]}
+        assert own == {**RECIPES["brats"], "lr": 1e-4, "batch_size": used["batch_size"]}
         assert used["keep_checkpoints"] == 4
 
     shown = script_of(name, "sample") if not channels else "two_channel_exp4/sample.py"
