@@ -34,6 +34,7 @@ from improved_diffusion.training_data import find_training_data
 
 ROOT = Path(__file__).resolve().parent.parent
 EMA = "ema_0.9999"
+SHOWN = 6  # samples of each arm in the picture
 NETWORK = (
     "--image_size 64 --num_channels 32 --num_res_blocks 1 --channel_mult 1,1,2,4 "
     "--attention_resolutions 8 --num_heads 1"
@@ -210,10 +211,11 @@ class Study:
                     distance = _distance(levels, test_features)
                     about = {"arm": name, "images": images, "seed": seed}
                     rows.append({**about, **found, "distance": distance})
-            first.append(levels[:6])
-        picture = figures.beside_grid(
-            [test[:: len(test) // 6][:6], *first], ["real", *names], self.channels
-        )
+            first.append(levels)
+        shown = min(SHOWN, len(test), *map(len, first))
+        spread = test[np.linspace(0, len(test) - 1, shown).astype(int)]
+        sets = [spread, *(levels[:shown] for levels in first)]
+        picture = figures.beside_grid(sets, ["real", *names], self.channels)
         figures.save_grid(picture, str(self.folder / "recipe.png"))
         return rows
 
