@@ -15,6 +15,7 @@ from PIL import Image
 
 from improved_diffusion import cli, figures, plots
 from improved_diffusion.brats import MASK_CODES, PALETTE
+from improved_diffusion.samples import write_sample_folder
 
 REPO = Path(__file__).parents[1]
 SEED_LOGS = REPO.parent / "shared" / "seed_logs"
@@ -400,6 +401,59 @@ def test_a_sample_set_knows_how_it_was_made(tmp_path):
     write_samples(tmp_path / "c", numbered(3, 1), step="60K")
     with pytest.raises(ValueError, match=r"samples\.json is not the JSON object"):
         figures.read_sample_set(str(tmp_path / "c"))
+
+
+def test_samples_stay_in_their_file(tmp_path):
+    """Mapped they are those that are loaded; what cannot be mapped is loaded all the same."""
+    samples = np.random.default_rng(0).integers(0, 256, (5, 16, 12, 3)).astype(np.uint8)
+    labels = np.arange(5)
+    stored, packed = tmp_path / "stored.npz", tmp_path / "packed.npz"
+    np.savez(stored, labels=labels, arr_0=samples, arr_1=labels)
+    np.savez_compressed(packed, arr_0=samples)
+    turned = tmp_path / "turned.npz"
+    np.savez(turned, np.asfortranarray(samples))
+    for path in (stored, packed, turned):
+        found = figures.read_sample_set(str(path), mapped=True)
+        assert isinstance(found.samples, np.memmap) == (path == stored)
+        np.testing.assert_array_equal(found.samples, samples)
+        assert found.samples.dtype == np.uint8
+        loaded = figures.read_sample_set(str(path))
+        assert not isinstance(loaded.samples, np.memmap)
+        np.testing.assert_array_equal(loaded.samples, samples)
+    found = figures.read_sample_set(str(stored), mapped=True)
+    assert found.labels.tolist() == [0, 1, 2, 3, 4] and not found.samples.flags.writeable
+
+
+def test_samples_of_image_sample_stay_in_their_file(tmp_path):
+    """Its members are written in one go, with sizes of 64 bits behind their local headers."""
+    samples = np.random.default_rng(0).integers(0, 256, (5, 16, 12, 2)).astype(np.uint8)
+    write_sample_folder(
+        str(tmp_path / "s"),
+        ["T1", "Seg"],
+        lambda own: samples[own.start : own.stop],
+        {},
+        num_samples=5,
+        batch_size=2,
+        shape=(16, 12, 2),
+        labels=np.array([0, 1, 0, 1, 1]),
+        classes=["no-tumour", "tumour"],
+    )
+    found = figures.read_sample_set(str(tmp_path / "s"), mapped=True)
+    assert isinstance(found.samples, np.memmap)
+    np.testing.assert_array_equal(found.samples, samples)
+    assert found.labels.tolist() == [0, 1, 0, 1, 1]
+
+
+def test_damaged_samples_are_not_mapped(tmp_path):
+    """A byte of the array, which only the checksum tells; and an end that is missing."""
+    path = write_samples(tmp_path, np.zeros((3, 32, 32, 2), np.uint8))
+    content = path.read_bytes()
+    changed = bytearray(content)
+    changed[len(content) // 2] ^= 1
+    for damaged in (changed, content[:-700]):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match="is not a sample file"):
+            figures.read_sample_set(str(path), mapped=True)
 
 
 def flat_set(folder, level, **record):

@@ -227,6 +227,60 @@ def test_a_slice_folder_as_samples_and_folders_without_a_split(run, tmp_path, re
     assert copied(found) < 0.2
 
 
+def test_intervals_of_patients(run, tmp_path):
+    """Of slices of real patients, on either side; the numbers themselves stay."""
+    splits = {"train": (0, 1, 6, 7), "test": (2, 3, 4, 5, 8, 9)}
+    real = write_slices(tmp_path / "real", splits)
+    slices = write_slices(tmp_path / "slices", {"train": (10, 11, 12, 13, 14)})
+    samples = write_samples(tmp_path / "samples", slices_of((10, 11, 12, 13, 14)))
+    named = run("--samples", slices, "--channels", "FLAIR,Seg", out="a", real=real)
+    alone = run("--samples", samples, "--channels", "FLAIR,Seg", out="b", real=real)
+    assert named["samples"]["patients"] == 5 and "patients" not in alone["samples"]
+    assert named["distribution"]["patients"] == {"real": 6, "samples": 5, "floor": 4}
+    assert alone["distribution"]["patients"] == {"real": 6, "floor": 4}
+    pairs = [
+        (own["validity"][of][name], other["validity"][of][name])
+        for own, other, of in ((named, alone, "samples"), (alone, alone, "real"))
+        for name in ("valid_share", "tumour_area", "empty_mask_share")
+    ]
+    pairs += [
+        (of["distribution"]["channels"]["all"]["samples"][name] for of in (named, alone))
+        for name in ("kernel_distance", "precision", "density", "ms_ssim")
+    ]
+    pairs.append(of["memorisation"]["joint"]["share"] for of in (named, alone))
+    for own, other in pairs:
+        assert own["value"] == other["value"]
+        assert own["low"] <= other["low"] and own["high"] >= other["high"]
+    wide, narrow = (of["validity"]["samples"]["tumour_area"] for of in (named, alone))
+    assert wide["high"] - wide["low"] > 1.5 * (narrow["high"] - narrow["low"])
+    # 96 real slices without a flag, of 6 patients: as 6 of 6.
+    assert alone["validity"]["real"]["valid_share"]["low"] == pytest.approx(0.61, abs=0.01)
+    page = (tmp_path / "a/report.html").read_text()
+    assert "over their 6 patients" in page and "6 in real and 5 in samples and 4 in floor" in page
+    assert "fewer than 5" not in page
+
+
+def test_samples_from_disk_measure_the_same(run, tmp_path):
+    """Loaded from a compressed file; and mapped, with the channels in another order."""
+    samples = slices_of((6, 7))
+    turned = write_samples(tmp_path / "turned", samples[..., [2, 0, 1]], ["T1CE", "FLAIR", "Seg"])
+    packed = write_samples(tmp_path / "packed", samples)
+    np.savez_compressed(next(packed.glob("*.npz")), arr_0=samples)
+    one, other = (
+        run("--samples", folder, "--channels", ",".join(CHANNELS), out=folder.name + "_out")
+        for folder in (packed, turned)
+    )
+    for part in ("validity", "distribution", "memorisation"):
+        assert one[part] == other[part]
+
+
+def test_few_patients_are_told(run, tmp_path):
+    run("--samples", write_samples(tmp_path / "samples", slices_of((6, 7))))
+    assert "The real slices are of 2 patients only: fewer than 5" in (
+        (tmp_path / "out/report.html").read_text()
+    )
+
+
 def test_bad_input(run, tmp_path, real):
     samples = slices_of((6,))
     good = write_samples(tmp_path / "good", samples)

@@ -142,6 +142,9 @@ def test_slices_shrink_to_means_of_areas(tmp_path):
     np.save(tmp_path / "images.npy", images)
     mapped = np.load(tmp_path / "images.npy", mmap_mode="r")
     np.testing.assert_array_equal(memorisation.shrink(mapped, ["Seg", "T1"]), found)
+    out = np.lib.format.open_memmap(tmp_path / "out.npy", "w+", np.uint8, found.shape)
+    assert memorisation.shrunk_shape(images.shape) == found.shape
+    np.testing.assert_array_equal(memorisation.shrink(mapped, ["Seg", "T1"], out=out), found)
     small = rng.integers(0, 256, (1, 30, 64, 1), dtype=np.uint8)
     np.testing.assert_array_equal(memorisation.shrink(small, ["T1"]), small)
 
