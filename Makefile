@@ -44,8 +44,7 @@ $(DEMO_MODEL): | $(DEMO)/slices
 	$(RUN) scripts/image_train.py --data_dir $(DEMO)/slices --channels T1CE,Seg \
 		--out_dir $(DEMO)/run --resume_checkpoint latest --max_steps $(DEMO_STEPS) \
 		--image_size 64 --num_channels 32 --num_res_blocks 1 --channel_mult 1,1,2,4 \
-		--attention_resolutions 8 --num_heads 1 --noise_schedule cosine \
-		--predict_v True --learn_sigma False --sigma_small True \
+		--attention_resolutions 8 --num_heads 1 --preset brats \
 		--batch_size 8 --lr 2e-3 --lr_anneal_steps $(DEMO_STEPS) --ema_rate 0.99 \
 		--save_interval 250 --sample_interval 375 --sample_respacing 50
 
