@@ -540,8 +540,8 @@ def _validity_section(found: dict[str, Any], folder: Path) -> str:
         )
     text += (
         "A flag that no real slice has is coloured also where the samples' interval lies above "
-        f"{100 * (1 - validity.REAL_PASS):.0f} %, the most that the limits leave out of the slices that they "
-        "are set on."
+        f"{100 * (1 - validity.REAL_PASS):.0f} %, the most that the limits leave out of the slices "
+        "that they are set on."
     )
     rows = report.validity_rows(found["samples"], found["real"])
     return (
