@@ -511,8 +511,7 @@ def _overview(found: dict[str, Any]) -> str:
 def _few_patients(found: dict[str, Any]) -> str:
     """What to think of intervals over a handful of patients; nothing where there are more."""
     few = [
-        f"The {name} {'is' if own['patients'] == 1 else 'are'} of {own['patients']} "
-        f"patient{'s' if own['patients'] > 1 else ''} only"
+        f"The {name} are of {own['patients']} patient{'s' if own['patients'] > 1 else ''} only"
         for name, own in (("real slices", found["real"]), ("samples", found["samples"]))
         if own.get("patients", own["count"]) < min(intervals.FEWEST_PATIENTS, own["count"])
     ]
