@@ -34,6 +34,7 @@ from improved_diffusion.training_data import find_training_data
 
 ROOT = Path(__file__).resolve().parent.parent
 EMA = "ema_0.9999"
+BROKEN = ("noise_only", "constant", "saturated")  # flags of a channel that shows nothing
 SHOWN = 6  # samples of each arm in the picture
 NETWORK = (
     "--image_size 64 --num_channels 32 --num_res_blocks 1 --channel_mult 1,1,2,4 "
@@ -267,23 +268,15 @@ def measures(
     images = [name for name in channels if name != mask]
     background = np.stack(list(measured.values["background_level"].values()))
 
-    def flagged(kinds: Iterable[str], own: Iterable[str]) -> dict[str, float]:
-        return validity.share_interval(
-            np.any(
-                [
-                    flags.flagged[kind][name]
-                    for kind in kinds
-                    for name in own
-                    if name in flags.flagged[kind]
-                ],
-                axis=0,
-            )
-        )
+    def broken(own: Iterable[str]) -> dict[str, float]:
+        kinds = [flags.flagged[kind] for kind in BROKEN]
+        found = [kind[name] for kind in kinds for name in own if name in kind]
+        return validity.share_interval(np.any(found, axis=0))
 
     row = {
-        "broken_image": flagged(("noise_only", "constant", "saturated"), images),
-        "broken_mask": flagged(("noise_only", "constant", "saturated"), [mask]),
-        "black": validity.share_interval((background <= 1).all(axis=0)),
+        "broken_image": broken(images),
+        "broken_mask": broken([mask]),
+        "black": validity.share_interval((background <= validity.BACKGROUND_LEVEL).all(axis=0)),
         "background": validity.mean_interval(background.max(axis=0)),
         **({} if np.isnan(off_code).any() else {"off_code": validity.mean_interval(off_code)}),
         "valid": found["valid_share"],

@@ -551,8 +551,6 @@ def load_model_and_diffusion(
                 f"with {script}"
             )
         claimed = preset_flags(preset, defaults) if preset not in ("", NO_PRESET) else {}
-        if preset in RECIPES and brats.MASK_CHANNEL not in channels:
-            claimed.pop("mask_encoding", None)
         size = {**defaults, **trained}["large_size" if super_res else "image_size"]
         for name in FIXED_BY_TRAINING:
             said = {**claimed, **given}.get(name)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
-from improved_diffusion import __version__, brats, checkpoint, cli, dist_util, logger
+from improved_diffusion import __version__, checkpoint, cli, dist_util, logger
 from improved_diffusion.architecture import NO_PRESET, RECIPES, preset_flags
 from improved_diffusion.augmentation import Augmentation
 from improved_diffusion.cost import free_memory, largest_microbatch, training_cost
@@ -202,8 +202,6 @@ def _train(flags: dict[str, Any], given: dict[str, Any], super_res: bool, held: 
     if data.classes and not args.num_classes:
         args.num_classes = len(data.classes)
     _check_numbers(args)
-    if brats.MASK_CHANNEL not in data.channels and not (super_res or "mask_encoding" in given):
-        args.mask_encoding = GREY  # whatever a recipe says
     encoding = MaskEncoding(vars(args).get("mask_encoding", GREY), data.channels, data.in_channels)
     augmentation = _augmentation(args, data, super_res)
     _check_classes(args, data, loaded, resume)
