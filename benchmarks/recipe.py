@@ -273,6 +273,7 @@ def measures(
         found = [kind[name] for kind in kinds for name in own if name in kind]
         return validity.share_interval(np.any(found, axis=0))
 
+    snapped = brats.snap_mask(levels[..., channels.index(mask)])
     row = {
         "broken_image": broken(images),
         "broken_mask": broken([mask]),
@@ -281,6 +282,7 @@ def measures(
         **({} if np.isnan(off_code).any() else {"off_code": validity.mean_interval(off_code)}),
         "valid": found["valid_share"],
         "drawn_noise": validity.share_interval(looks_like_noise(levels, channels, limits)),
+        "snapped_noise": validity.share_interval(noise_with(snapped, levels, channels, limits)),
     }
     for name in ("mask_outside_brain", "channel_agreement", "empty_mask_share", "tumour_area"):
         if name in found:
@@ -295,12 +297,19 @@ def looks_like_noise(
 
     There every panel was stretched from its own darkest to its brightest level.
     """
-    stretched = levels.copy()
-    index = channels.index(brats.MASK_CHANNEL)
-    panels = levels[..., index].astype(np.float64)
+    panels = levels[..., channels.index(brats.MASK_CHANNEL)].astype(np.float64)
     low, high = (f(panels, axis=(1, 2), keepdims=True) for f in (np.min, np.max))
-    stretched[..., index] = ((panels - low) / np.maximum(high - low, 1) * 255).round()
-    flags = validity.check(validity.measure(stretched, channels), limits)
+    stretched = ((panels - low) / np.maximum(high - low, 1) * 255).round()
+    return noise_with(stretched, levels, channels, limits)
+
+
+def noise_with(
+    masks: np.ndarray, levels: np.ndarray, channels: list[str], limits: validity.Thresholds
+) -> np.ndarray:
+    """Whether the mask is noise, bool [N], when these take the place of the samples' masks."""
+    samples = levels.copy()
+    samples[..., channels.index(brats.MASK_CHANNEL)] = masks
+    flags = validity.check(validity.measure(samples, channels), limits)
     return flags.flagged["noise_only"][brats.MASK_CHANNEL]
 
 
@@ -309,6 +318,8 @@ COLUMNS = {
     "valid": ("without a flag, %", 100),
     "broken_image": ("broken image, %", 100),
     "broken_mask": ("broken mask, %", 100),
+    "drawn_noise": ("mask drawn as noise, %", 100),
+    "snapped_noise": ("noise when snapped, %", 100),
     "black": ("background 0 to 1, %", 100),
     "background": ("background level", 1),
     "off_code": ("off the codes, %", 100),

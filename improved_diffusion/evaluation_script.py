@@ -193,6 +193,11 @@ def _read_samples(
                 f"--samples {path} names no channels, so these are no slices; name the channels "
                 "of the array with --channels"
             )
+        if unknown := [name for name in names if name not in brats.CHANNELS]:
+            raise ValueError(
+                f"--samples {path}: its samples.json names a channel {unknown[0]!r}, but slices "
+                f"have {', '.join(brats.CHANNELS)}; correct it, or choose with --channels"
+            )
         known = sampled.channels or names
         if missing := [name for name in names if name not in known]:
             raise ValueError(

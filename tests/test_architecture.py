@@ -102,7 +102,8 @@ def test_a_recipe_sets_what_it_names_and_no_more():
     training = {name: default for name, (default, _) in TRAINING_FLAGS.items()}
     defaults = {**model_and_diffusion_defaults(), **training}
     recipe = preset_flags("brats", defaults)
-    assert recipe == RECIPES["brats"]
+    assert recipe == {**RECIPES["brats"], "lr": 2.5e-4}
+    assert preset_flags("brats", {**defaults, "num_channels": 32})["lr"] == 1e-3
     assert all(type(value) is type(defaults[name]) for name, value in recipe.items())
     assert recipe["predict_v"] and not recipe["learn_sigma"]
     # Sizes and widths depend on the user's images and card.

@@ -153,12 +153,44 @@ def test_neighbourhoods_of_patients():
         off = np.hypot(of_real[end] - 1, plain["density"][end] - 1)
         assert found["density"][end] == pytest.approx(max(0, 1 + sign * off))
     ordinary = distribution.manifold_measures(real, samples, 1, sample_patients=np.array([0, 0, 1]))
-    assert ordinary["recall"] == plain["recall"]
+    # The samples' balls reach to the other patient's: 0.5 +- 30.5, 2.2 +- 32.2 and -30 +- 30.5.
+    assert ordinary["recall"]["value"] == 4 / 5
     assert ordinary["precision"] == mean_interval([1, 1, 0], np.array([0, 0, 1]), 1)
     one = distribution.manifold_measures(real, samples, 1, np.zeros(5))
-    assert (
-        one["density"] == {"value": 1} and one["recall"]["low"] == 0 and one["recall"]["high"] == 1
+    assert one["recall"]["low"] == 0 and one["recall"]["high"] == 1
+    reason = "5 real images, 5 of one patient, but a ball to neighbour 1 needs 1 or more of other"
+    for name in ("precision", "density", "coverage"):
+        assert one[name] == {"value": None, "reason": f"{reason} patients"}
+
+
+def test_balls_reach_to_other_patients():
+    """Real 0, 1, 10 and 12 of two patients: balls 0 +- 10, 1 +- 9, 10 +- 9 and 12 +- 11.
+
+    Each holds one slice of the other patient; 5, a slice of a third, is in all of them, but in none
+    of the balls of radius 1 and 2 that do without patients.
+    """
+    real, new = np.array([[0.0], [1], [10], [12]]), np.array([[5.0]])
+    patients = np.array(["a", "a", "b", "b"])
+    plain = distribution.manifold_measures(real, new, 1)
+    assert plain["precision"]["value"] == plain["density"]["value"] == 0
+    found = distribution.manifold_measures(real, new, 1, patients)
+    assert found["precision"]["value"] == found["coverage"]["value"] == 1
+    assert found["density"]["value"] == 4
+    swapped = distribution.manifold_measures(new, real, 1, sample_patients=patients)
+    assert swapped["recall"]["value"] == 1
+
+
+def test_new_patients_are_as_precise_as_they_should_be():
+    """Both sets are of one distribution: 40 patients of 20 slices each, close to each other."""
+    rng = np.random.default_rng(0)
+    patients = np.arange(800) // 20
+    real, new = (
+        rng.normal(size=(40, 3))[patients] + 0.1 * rng.normal(size=(800, 3)) for _ in range(2)
     )
+    plain = distribution.manifold_measures(real, new, 5)
+    found = distribution.manifold_measures(real, new, 5, patients, patients)
+    for name in ("precision", "recall"):
+        assert plain[name]["value"] < 0.3 and found[name]["value"] > 0.8
 
 
 def test_pairs_of_patients():

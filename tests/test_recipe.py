@@ -9,7 +9,7 @@ import untrained
 from PIL import Image
 from test_image_eval import CHANNELS, slices_of, write_slices
 
-from benchmarks import level_errors, recipe
+from benchmarks import level_errors, recipe, recipe_cost
 from improved_diffusion import checkpoint
 from improved_diffusion.evaluation import validity
 from improved_diffusion.script_util import create_model_and_diffusion, load_model_and_diffusion
@@ -67,6 +67,40 @@ def test_an_empty_mask_with_residue_looks_like_noise_only_when_stretched(real, l
     row = measured(levels, limits)
     assert row["broken_mask"]["value"] == 0
     assert row["drawn_noise"]["value"] == 5 / len(levels)
+    assert row["snapped_noise"]["value"] == 0
+
+
+def test_noise_between_all_levels_stays_noise_when_snapped(real, limits):
+    levels = real.copy()
+    noise = np.random.default_rng(0).integers(0, 256, levels[:4, ..., MASK].shape)
+    levels[:4, ..., MASK] = noise
+    row = measured(levels, limits)
+    for name in ("broken_mask", "drawn_noise", "snapped_noise"):
+        assert row[name]["value"] == 4 / len(levels)
+
+
+def test_the_flags_of_an_arm():
+    """Written out from docs/recipe.md; a one-hot mask has a channel for each of 3 labels."""
+    brats = recipe_cost.model_flags("brats", 2)
+    assert brats["predict_v"] and not brats["learn_sigma"] and brats["sigma_small"]
+    assert (brats["noise_schedule"], brats["loss_weighting"]) == ("cosine", "min_snr")
+    assert (brats["image_size"], brats["num_channels"], brats["in_channels"]) == (64, 32, 2)
+    assert recipe_cost.model_flags("cosine, one-hot", 2)["in_channels"] == 4
+    assert recipe_cost.model_flags("report", 5)["learn_sigma"]
+
+
+def test_the_cost_of_arms(monkeypatch, capsys):
+    network = "--image_size 32 --num_channels 32 --num_res_blocks 1 --channel_mult 1,1"
+    monkeypatch.setattr(recipe, "NETWORK", f"{network} --attention_resolutions 8 --num_heads 1")
+    argv = "--arms velocity;brats --batch_size 2 --rounds 1 --steps 1 --threads 1"
+    monkeypatch.setattr("sys.argv", ["recipe_cost", *argv.split()])
+    recipe_cost.main()
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "|" in line][2:]
+    assert [row[0] for row in rows] == ["| velocity", "| brats"]
+    assert float(rows[0][3].strip(" |")) == 1 and all(float(row[1]) > 0 for row in rows)
+    monkeypatch.setattr("sys.argv", ["recipe_cost", "--arms", "report, 250 steps"])
+    with pytest.raises(ValueError, match="--arms report, 250 steps: choose from report; noise"):
+        recipe_cost.main()
 
 
 def test_what_has_no_codes_has_no_share_off_them(real, limits):

@@ -290,19 +290,21 @@ def manifold_measures(
 ) -> dict[str, Entry]:
     """Precision, recall, density and coverage on balls around the features of each image.
 
-    A ball reaches to its centre's k-th nearest neighbour in its own set. Precision is the share of
-    samples in a real image's ball, recall the share of real images in a sample's (Kynkaanniemi et
-    al. 2019); density the mean number of real balls that a sample lies in, over k, and coverage
-    the share of real balls that hold a sample (Naeem et al. 2020).
+    A ball reaches to its centre's k-th nearest neighbour in its own set; where the set's patients
+    are given, to the k-th nearest slice of other patients. (A patient's own slices, which lie close
+    to each other, would make the balls so small that few slices of new patients fall into one.)
+    Precision is the share of samples in a real image's ball, recall the share of real images in a
+    sample's (Kynkaanniemi et al. 2019); density the mean number of real balls that a sample lies
+    in, over k, and coverage the share of real balls that hold a sample (Naeem et al. 2020).
 
     Equal images are common among masks, and their balls, of radius 0, hold each other. Density
-    therefore counts each ball over the number of real images in it; without ties these are k, as
-    published. Of a set with itself, precision, recall and coverage are 1, density is 1 + 1 / k.
-    All four depend on both counts. The intervals, see :func:`.intervals.mean_interval`, hold the
-    balls fixed. Precision is a mean over the samples, recall and coverage are over the real images,
-    and their intervals cover the chance in these. Density is both: its interval covers the samples
-    and, where they are given, the real patients, with the two distances from the value added as
-    independent errors are (Zou & Donner 2008).
+    therefore counts each ball over the number of real images in it (of other patients); without
+    ties these are k, as published. Of a set with itself, precision, recall and coverage are 1;
+    density is 1 + 1 / k, and more with patients. All four depend on both counts. The intervals, see
+    :func:`.intervals.mean_interval`, hold the balls fixed. Precision is a mean over the samples,
+    recall and coverage are over the real images, and their intervals cover the chance in these.
+    Density is both: its interval covers the samples and, where they are given, the real patients,
+    with the two distances from the value added as independent errors are (Zou & Donner 2008).
 
     :param real: features [N, D]; ``samples`` [M, D].
     :param neighbours: k. What needs balls of k images or fewer has no value, but the reason.
@@ -311,13 +313,13 @@ def manifold_measures(
     :return: ``{"value", "low", "high"}`` for each, or ``{"value": None, "reason"}``.
     """
     n, m = len(real), len(samples)
-    missing = "{} {}, but a ball to neighbour {} needs {} or more"
     measured: dict[str, Entry] = {}
     tie = TIE * (real**2).sum(axis=1).mean()
     centre = real.mean(axis=0)  # distances stay; cancellation becomes less
     real, samples = real - centre, samples - centre
-    if n > neighbours:
-        radii, held = _balls(real, neighbours, tie)
+    reason = _too_few(n, "real images", neighbours, real_patients)
+    if not reason:
+        radii, held = _balls(real, neighbours, tie, real_patients)
         inside = np.zeros(m, dtype=bool)
         density = np.zeros(m)
         reached = np.zeros(n)
@@ -333,16 +335,15 @@ def manifold_measures(
             measured["density"] = _both(measured["density"], of_real)
         measured["coverage"] = intervals.mean_interval(reached > 0, real_patients, 1)
     else:
-        reason = missing.format(n, "real images", neighbours, neighbours + 1)
         measured |= {key: without_value(reason) for key in ("precision", "density", "coverage")}
-    if m > neighbours:
-        radii, _ = _balls(samples, neighbours, tie)
+    reason = _too_few(m, "samples", neighbours, sample_patients)
+    if not reason:
+        radii, _ = _balls(samples, neighbours, tie, sample_patients)
         found = np.zeros(n, dtype=bool)
         for rows, distances in _squared_distances(real, samples):
             found[rows] = (distances <= radii + tie).any(axis=1)
         measured["recall"] = intervals.mean_interval(found, real_patients, 1)
     else:
-        reason = missing.format(m, "samples", neighbours, neighbours + 1)
         measured["recall"] = without_value(reason)
     return {key: measured[key] for key in ("precision", "recall", "density", "coverage")}
 
@@ -364,12 +365,32 @@ def without_value(reason: str) -> Entry:
     return {"value": None, "reason": reason}
 
 
-def _balls(features: np.ndarray, neighbours: int, tie: float) -> tuple[np.ndarray, np.ndarray]:
-    """Squared distance to the k-th nearest other, [N], and how many others are as near, [N]."""
+def _too_few(count: int, what: str, neighbours: int, patients: np.ndarray | None) -> str:
+    """Why some image of a set has no k-th neighbour; empty: all have one."""
+    if count <= neighbours:
+        least = neighbours + 1
+        return f"{count} {what}, but a ball to neighbour {neighbours} needs {least} or more"
+    if patients is not None:
+        most = np.unique(patients, return_counts=True)[1].max()
+        if count - most < neighbours:
+            return (
+                f"{count} {what}, {most} of one patient, but a ball to neighbour {neighbours} needs"
+                f" {neighbours} or more of other patients"
+            )
+    return ""
+
+
+def _balls(
+    features: np.ndarray, neighbours: int, tie: float, patients: np.ndarray | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Squared distance to the k-th nearest other, [N], and how many others are as near, [N].
+
+    With ``patients`` [N] others are images of other patients.
+    """
     radii, held = np.empty(len(features)), np.empty(len(features))
+    own = np.arange(len(features)) if patients is None else intervals.numbered(patients)[0]
     for rows, distances in _squared_distances(features, features):
-        index = np.arange(len(features))[rows]
-        distances[np.arange(len(index)), index] = np.inf
+        distances[own[rows, None] == own] = np.inf
         radii[rows] = np.partition(distances, neighbours - 1, axis=1)[:, neighbours - 1]
         held[rows] = (distances <= radii[rows, None] + tie).sum(axis=1)
     return radii, held
