@@ -29,6 +29,7 @@ import torch
 
 from improved_diffusion import brats, cli, execution, figures, sampling
 from improved_diffusion.evaluation import distribution, validity
+from improved_diffusion.sampling_script import parse_clip
 from improved_diffusion.script_util import load_model_and_diffusion
 from improved_diffusion.training_data import find_training_data
 
@@ -41,7 +42,7 @@ NETWORK = (
     "--attention_resolutions 8 --num_heads 1"
 )
 TRAINING = (
-    "--batch_size 8 --lr 1e-3 --warmup_steps 50 --log_interval 25 --num_workers 0 "
+    "--batch_size 8 --lr 1e-3 --warmup_steps 50 --grad_clip 0 --log_interval 25 --num_workers 0 "
     "--sample_interval 0 --eval_interval 0"
 )
 
@@ -52,7 +53,8 @@ class Arm:
 
     :param flags: of ``image_train.py``.
     :param average: the averaged model that is sampled from, as its file's name begins.
-    :param sampling: ``sampler:steps``; empty: what ``image_sample.py`` does without flags.
+    :param sampling: ``sampler:steps:clip_denoised``, each of which may be empty: the default
+        sampler, its steps, and True, so that every predicted image is limited to [-1, 1].
     :param trained_as: the arm whose training this one samples from; empty: its own.
     """
 
@@ -86,6 +88,7 @@ ARMS = {
     "cosine": Arm(COSINE),
     # One thing more than cosine each.
     "cosine, min-SNR": Arm(f"{COSINE} --loss_weighting min_snr"),
+    "cosine, debiased": Arm(f"{COSINE} --loss_weighting debiased"),
     "cosine, sigmoid": Arm(f"{COSINE} --loss_weighting sigmoid"),
     "cosine, zero terminal": Arm(f"{COSINE} --zero_terminal_snr True"),
     "cosine, less noise": Arm(f"{COSINE} --snr_shift 4"),
@@ -98,8 +101,8 @@ ARMS = {
     # The image and a learned variance: the bound trains the last layer alone, or everything.
     "image, learned variance": Arm("--predict_xstart True --learn_sigma True"),
     "image, full gradient": Arm("--predict_xstart True --learn_sigma True --sigma_gradient full"),
-    # What --preset brats sets.
-    "brats": Arm("--preset brats"),
+    # What --preset brats sets, sampled as image_sample.py does.
+    "brats": Arm("--preset brats", sampling="::auto"),
 }
 
 
@@ -224,7 +227,7 @@ class Study:
 def draw(model_path: str, target: str, num_samples: int, seed: int, how: str) -> None:
     """Draw samples and write their levels, and which share of each mask is off the codes."""
     loaded = load_model_and_diffusion(model_path)
-    sampler, _, steps = how.partition(":")
+    sampler, steps, clip = [*how.split(":"), "", ""][:3]
     plan = sampling.choose_plan(
         loaded.diffusion, sampler=sampler or sampling.AUTO, steps=int(steps or 0)
     )
@@ -242,6 +245,7 @@ def draw(model_path: str, target: str, num_samples: int, seed: int, how: str) ->
             device=device,
             sampler=plan.sampler,
             timesteps=plan.timesteps,
+            clip_denoised=parse_clip(clip or "True"),
         )
         parts.append(sampling.to_levels(loaded.encoding.decode(samples)))
         shares = loaded.encoding.off_code(samples)
@@ -374,7 +378,9 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=1, help="trainings of each arm")
     parser.add_argument("--workers", type=int, default=2, help="arms side by side")
     parser.add_argument("--draw", default="", help="only draw from this model into --out_dir")
-    parser.add_argument("--sampling", default="", help="with --draw: sampler:steps")
+    parser.add_argument(
+        "--sampling", default="", help="with --draw: sampler:steps:clip_denoised, see Arm"
+    )
     parser.add_argument("--seed", type=int, default=0, help="with --draw: of the noise")
     return parser
 

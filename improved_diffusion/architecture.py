@@ -108,7 +108,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "learn_sigma": False,
         "sigma_small": True,
         "noise_schedule": "cosine",
-        "loss_weighting": "min_snr",
+        "loss_weighting": "debiased",
         "batch_size": 16,
         "microbatch": "auto",
         "warmup_steps": 100,

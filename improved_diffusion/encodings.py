@@ -128,11 +128,12 @@ class MaskEncoding:
         Off the codes is a pixel that differs from every codeword by more than :data:`TOLERANCE` in
         any of its channels. None without a mask, and for ``sdf``, where every distance is allowed.
 
-        :param encoded: [N, C', H, W].
+        :param encoded: [N, C', H, W]; beyond [-1, 1] it counts as the end of that range, as it does
+            in 8-bit levels.
         """
         if self.mask is None or self.name == SDF:
             return None
-        _, planes, _ = self._parts(encoded, len(_SUFFIXES[self.name]))
+        _, planes, _ = self._parts(encoded.clamp(-1, 1), len(_SUFFIXES[self.name]))
         nearest = torch.stack(
             [
                 (planes - planes.new_tensor(word).reshape(-1, 1, 1)).abs().amax(dim=1)

@@ -72,7 +72,7 @@ def draw(
     device: torch.device | str,
     sampler: str = "ancestral",
     timesteps: Sequence[int] | None = None,
-    clip_denoised: bool = True,
+    clip_denoised: bool | str = AUTO,
     on_step: Callable[[], None] = lambda: None,
     model_kwargs: dict[str, torch.Tensor] | None = None,
 ) -> torch.Tensor:
@@ -85,7 +85,9 @@ def draw(
     :param sampler: one of :data:`SAMPLERS`.
     :param timesteps: those of ``diffusion`` at which to evaluate, ascending, see
         :func:`improved_diffusion.solvers.choose_timesteps`; None: all.
-    :param clip_denoised: limit every step's predicted image to [-1, 1].
+    :param clip_denoised: limit every step's predicted image to [-1, 1]; ``auto``: all of them with
+        the classic samplers, with the solvers those at less signal than noise, see
+        :func:`clips`.
     :param on_step: called after every step.
     :param model_kwargs: further arguments of the model, a row for each sample: ``y``,
         ``low_res``.
@@ -107,7 +109,7 @@ def draw(
         for out in loop(  # noqa: B007
             model,
             size,
-            clip_denoised=clip_denoised,
+            clip_denoised=clip_denoised is not False,
             device=device,
             model_kwargs=kwargs,
             noise_fn=noise_fn,
@@ -123,7 +125,8 @@ def draw(
 
     def denoise(x: torch.Tensor, i: int) -> torch.Tensor:
         t = torch.full((len(x),), visited[i], device=x.device)
-        run.prediction = diffusion.predict_xstart(run, x, t, clip_denoised, kwargs)
+        clip = clips(clip_denoised, float(diffusion.alphas_cumprod[visited[i]]))
+        run.prediction = diffusion.predict_xstart(run, x, t, clip, kwargs)
         return run.prediction
 
     def steps() -> Iterator[int]:
@@ -133,6 +136,17 @@ def draw(
 
     x = noise_fn(torch.empty(size, device=device))
     return solvers.solve(sampler, denoise, x, path, noise_fn, steps())
+
+
+def clips(clip_denoised: bool | str, alpha_bar: float) -> bool:
+    """Whether a solver limits the image that is predicted at this noise level to [-1, 1].
+
+    Most of a slice is exactly -1. There the limit cuts off half of a prediction's error, and the
+    mean of what remains is above -1: little by little the steps put a speckle into the background.
+    Without any limit the noisiest predictions, with the largest errors, may leave the range of
+    images. ``auto`` therefore limits where noise outweighs the signal: alpha_bar below 1/2.
+    """
+    return alpha_bar < 0.5 if clip_denoised == AUTO else bool(clip_denoised)
 
 
 def check_sampler(name: str) -> None:

@@ -48,6 +48,7 @@ from improved_diffusion.script_util import (
     load_model_and_diffusion,
     provenance,
     script_parser,
+    str2bool,
 )
 from improved_diffusion.solvers import SPACINGS
 from improved_diffusion.unet import UNetModel
@@ -102,7 +103,11 @@ SAMPLING_FLAGS: dict[str, tuple[Any, str]] = {
         "time",
     ),
     "tf32": (True, "let float32 products on a GPU round their inputs to 10 bits"),
-    "clip_denoised": (True, "limit every step's predicted image to [-1, 1]"),
+    "clip_denoised": (
+        AUTO,
+        "limit every step's predicted image to [-1, 1]: True, False, or auto: with ancestral and "
+        "ddim always, else where noise outweighs the signal",
+    ),
     "classes": (
         "",
         "of a class-conditional model: names or numbers of the classes to draw in turn, e.g. "
@@ -122,6 +127,19 @@ SUPER_RES_FLAGS = {
 }
 
 
+def parse_clip(text: str) -> bool | str:
+    """``--clip_denoised`` as :func:`improved_diffusion.sampling.draw` takes it.
+
+    :raises ValueError: neither a boolean nor ``auto``.
+    """
+    if text == AUTO:
+        return AUTO
+    try:
+        return str2bool(text)
+    except argparse.ArgumentTypeError:
+        raise ValueError(f"--clip_denoised {text}: give True, False or {AUTO}") from None
+
+
 @dist_util.one_of_several()
 def sample(description: str, *, super_res: bool = False) -> None:
     """Read the command line, draw samples and write them.
@@ -138,6 +156,7 @@ def sample(description: str, *, super_res: bool = False) -> None:
     if args.num_samples < least:
         raise ValueError(f"--num_samples {args.num_samples}: give {least} or more")
     formats = parse_formats(args.format)
+    args.clip_denoised = parse_clip(args.clip_denoised)
     device = dist_util.dev()
     dtype, remark = choose_precision(args.precision, device)
     if remark:

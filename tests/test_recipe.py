@@ -83,7 +83,7 @@ def test_the_flags_of_an_arm():
     """Written out from docs/recipe.md; a one-hot mask has a channel for each of 3 labels."""
     brats = recipe_cost.model_flags("brats", 2)
     assert brats["predict_v"] and not brats["learn_sigma"] and brats["sigma_small"]
-    assert (brats["noise_schedule"], brats["loss_weighting"]) == ("cosine", "min_snr")
+    assert (brats["noise_schedule"], brats["loss_weighting"]) == ("cosine", "debiased")
     assert (brats["image_size"], brats["num_channels"], brats["in_channels"]) == (64, 32, 2)
     assert recipe_cost.model_flags("cosine, one-hot", 2)["in_channels"] == 4
     assert recipe_cost.model_flags("report", 5)["learn_sigma"]

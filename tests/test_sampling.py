@@ -95,10 +95,31 @@ def test_clipping_limits_every_prediction():
 
     for sampler in sampling.SAMPLERS:
         options = {"seed": 0, "device": "cpu", "sampler": sampler}
-        clipped = sampling.draw(bright, process, range(2), SHAPE, **options)
+        clipped = sampling.draw(bright, process, range(2), SHAPE, clip_denoised=True, **options)
         free = sampling.draw(bright, process, range(2), SHAPE, clip_denoised=False, **options)
         assert clipped.max().item() == pytest.approx(1, abs=1e-3)
         assert free.max().item() == pytest.approx(3, abs=1e-3)
+
+
+def test_auto_clips_where_noise_outweighs_the_signal():
+    process = create_gaussian_diffusion(steps=20, predict_xstart=True, self_condition=True)
+    seen = {}
+
+    def bright(x, t, x_self):
+        seen[int(t[0])] = x_self.max().item()  # the prediction at the timestep before
+        return torch.full_like(x, 3.0)
+
+    for sampler in sampling.SAMPLERS:
+        seen.clear()
+        options = {"seed": 0, "device": "cpu", "sampler": sampler}
+        last = sampling.draw(bright, process, range(2), SHAPE, **options).max().item()
+        classic = sampler in ("ancestral", "ddim")
+        assert last == pytest.approx(1 if classic else 3, abs=1e-3)
+        for t in range(19):
+            clipped = classic or process.alphas_cumprod[t + 1] < 0.5
+            # Heun's second evaluation in a step sees the step's first.
+            assert sampler == "heun" or seen[t] == (1 if clipped else 3)
+    assert 2 < sum(process.alphas_cumprod < 0.5) < 18
 
 
 DEFAULT = (sampling.DEFAULT_SAMPLER, sampling.DEFAULT_STEPS)
