@@ -75,7 +75,8 @@ def ours(settings: dict[str, Any], device: torch.device) -> tuple[Step, dict[str
     )
     size = settings["model"]["image_size"]
     shape = (settings["model"]["in_channels"], size, size)
-    cost = training_cost(loop.model, shape, dtype=loop.dtype)
+    more = {"x_self": shape} if settings["model"].get("self_condition") else {}
+    cost = training_cost(loop.model, shape, dtype=loop.dtype, model_kwargs=more)
     about = {
         "parameters": cost.parameters,
         "training_flops": cost.training_flops,

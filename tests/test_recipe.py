@@ -92,11 +92,12 @@ def test_the_flags_of_an_arm():
 def test_the_cost_of_arms(monkeypatch, capsys):
     network = "--image_size 32 --num_channels 32 --num_res_blocks 1 --channel_mult 1,1"
     monkeypatch.setattr(recipe, "NETWORK", f"{network} --attention_resolutions 8 --num_heads 1")
-    argv = "--arms velocity;brats --batch_size 2 --rounds 1 --steps 1 --threads 1"
-    monkeypatch.setattr("sys.argv", ["recipe_cost", *argv.split()])
+    argv = "--batch_size 2 --rounds 1 --steps 1 --threads 1".split()
+    arms = ["brats", "cosine, self-conditioned"]
+    monkeypatch.setattr("sys.argv", ["recipe_cost", "--arms", ";".join(arms), *argv])
     recipe_cost.main()
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "|" in line][2:]
-    assert [row[0] for row in rows] == ["| velocity", "| brats"]
+    assert [row[0] for row in rows] == [f"| {name}" for name in arms]
     assert float(rows[0][3].strip(" |")) == 1 and all(float(row[1]) > 0 for row in rows)
     monkeypatch.setattr("sys.argv", ["recipe_cost", "--arms", "report, 250 steps"])
     with pytest.raises(ValueError, match="--arms report, 250 steps: choose from report; noise"):
