@@ -69,7 +69,8 @@ def model_flags(name: str, in_channels: int) -> dict[str, Any]:
         parser.set_defaults(**preset_flags(preset, defaults))
     flags = vars(parser.parse_known_args(words)[0])
     del flags["preset"]
-    return {**flags, "in_channels": network_channels(flags.pop("mask_encoding"), in_channels)}
+    flags["in_channels"] = network_channels(flags.pop("mask_encoding"), in_channels)
+    return flags
 
 
 def create_argparser() -> argparse.ArgumentParser:

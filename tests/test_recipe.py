@@ -93,7 +93,7 @@ def test_the_cost_of_arms(monkeypatch, capsys):
     network = "--image_size 32 --num_channels 32 --num_res_blocks 1 --channel_mult 1,1"
     monkeypatch.setattr(recipe, "NETWORK", f"{network} --attention_resolutions 8 --num_heads 1")
     argv = "--batch_size 2 --rounds 1 --steps 1 --threads 1".split()
-    arms = ["brats", "cosine, self-conditioned"]
+    arms = ["cosine, one-hot", "cosine, self-conditioned"]
     monkeypatch.setattr("sys.argv", ["recipe_cost", "--arms", ";".join(arms), *argv])
     recipe_cost.main()
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "|" in line][2:]
