@@ -87,6 +87,7 @@ ARMS = {
     "bits": Arm(f"{VELOCITY} --mask_encoding bits"),
     "cosine": Arm(COSINE),
     # One thing more than cosine each.
+    "cosine, auto clip": Arm(sampling="::auto", trained_as="cosine"),
     "cosine, min-SNR": Arm(f"{COSINE} --loss_weighting min_snr"),
     "cosine, debiased": Arm(f"{COSINE} --loss_weighting debiased"),
     "cosine, sigmoid": Arm(f"{COSINE} --loss_weighting sigmoid"),
