@@ -99,7 +99,8 @@ def test_previews_and_evaluations_are_decoded(trained, loaded, tmp_path):
 
     plan = sampling.choose_plan(loaded.diffusion)
     how = {"sampler": plan.sampler, "timesteps": plan.timesteps}
-    planes = drawn_by_hand(loaded, loaded.diffusion, **how)[:, :3]
+    # What is beyond 1 counts as 1.
+    planes = drawn_by_hand(loaded, loaded.diffusion, **how)[:, :3].clamp(-1, 1)
     words = torch.tensor([[-1, -1, -1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1.0]])
     gaps = (planes[:, None] - words[None, :, :, None, None]).abs().amax(dim=2).amin(dim=1)
     row = logger.read_progress(str(trained / "progress.csv"))[-1]
