@@ -229,6 +229,7 @@ def draw(model_path: str, target: str, num_samples: int, seed: int, how: str) ->
     """Draw samples and write their levels, and which share of each mask is off the codes."""
     loaded = load_model_and_diffusion(model_path)
     sampler, steps, clip = [*how.split(":"), "", ""][:3]
+    clip_denoised = parse_clip(clip or "True")
     plan = sampling.choose_plan(
         loaded.diffusion, sampler=sampler or sampling.AUTO, steps=int(steps or 0)
     )
@@ -246,7 +247,7 @@ def draw(model_path: str, target: str, num_samples: int, seed: int, how: str) ->
             device=device,
             sampler=plan.sampler,
             timesteps=plan.timesteps,
-            clip_denoised=parse_clip(clip or "True"),
+            clip_denoised=clip_denoised,
         )
         parts.append(sampling.to_levels(loaded.encoding.decode(samples)))
         shares = loaded.encoding.off_code(samples)

@@ -8,17 +8,13 @@ its channels add to the network.
 from __future__ import annotations
 
 import argparse
-import platform
 import statistics
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import recipe
-from benchmarks.sides import PAUSE, Side, side_parser
+from benchmarks.sides import Side, print_machine, run_rounds, side_parser
 from improved_diffusion import brats, cli
 from improved_diffusion.architecture import preset_flags
 from improved_diffusion.encodings import network_channels
@@ -43,19 +39,15 @@ def main() -> None:
                 model = model_flags(name, count)
                 more = {"model": model, "weights": weights, "microbatch": 0}
                 sides.append(Side("ours", {**vars(settings), **more}))
-            for _ in range(args.rounds):
-                for side in sides:
-                    time.sleep(PAUSE)
-                    side.run(args.steps)
+            run_rounds(sides, args.rounds, args.steps)
         finally:
             for side in sides:
                 side.close()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-    print(f"{device}, {platform.processor() or platform.machine()}, torch {torch.__version__}")
+    print_machine()
     print("| arm | s/step | steps/s | ratio |\n|---|---|---|---|")
     for name, side in zip(names, sides):
         seconds = statistics.median(side.seconds)
-        ratio = statistics.median(b / a for a, b in zip(sides[0].seconds, side.seconds))
+        ratio = side.ratio_to(sides[0])
         print(f"| {name} | {seconds:.4f} | {1 / seconds:.2f} | {ratio:.3f} |")
 
 

@@ -28,7 +28,7 @@ def report(sides: list[Side], args: argparse.Namespace) -> None:
     print(f"{header} {'ratio':>7} {'per step':>9}")
     for side in sides:
         seconds = statistics.median(side.seconds) / args.batch_size
-        ratio = statistics.median(b / a for a, b in zip(own.seconds, side.seconds))
+        ratio = side.ratio_to(own)
         steps = side.about["evaluations"]
         print(
             f"{side.name:10} {steps:6} {seconds:9.4f} {side.peak_bytes / 2**30:9.2f} "

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import platform
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -70,6 +71,10 @@ class Side:
         self.seconds.append(answer["seconds"] / steps)
         self.peak_bytes = answer["peak_bytes"]
 
+    def ratio_to(self, other: Side) -> float:
+        """How many times as long as ``other``: the median over the rounds of the paired ratios."""
+        return statistics.median(b / a for a, b in zip(other.seconds, self.seconds))
+
     def close(self) -> None:
         assert self.process.stdin
         self.process.stdin.close()
@@ -96,20 +101,30 @@ def take_turns(args: argparse.Namespace, steps: int, *, suffix: str = "") -> lis
                 sides.append(Side(f"reference{suffix}", settings))
             if args.diffusers:
                 sides.append(Side(f"diffusers{suffix}", settings))
-            for _ in range(args.rounds):
-                for side in sides:
-                    time.sleep(PAUSE)
-                    side.run(steps)
+            run_rounds(sides, args.rounds, steps)
         finally:
             for side in sides:
                 side.close()
     return sides
 
 
-def print_heading(own: Side, args: argparse.Namespace) -> None:
-    """On what, and what work, was measured."""
+def run_rounds(sides: list[Side], rounds: int, steps: int) -> None:
+    """Let each side run so many steps while the others wait, again and again."""
+    for _ in range(rounds):
+        for side in sides:
+            time.sleep(PAUSE)
+            side.run(steps)
+
+
+def print_machine() -> None:
+    """On what was measured."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     print(f"{device}, {platform.processor() or platform.machine()}, torch {torch.__version__}")
+
+
+def print_heading(own: Side, args: argparse.Namespace) -> None:
+    """On what, and what work, was measured."""
+    print_machine()
     size = args.image_size
     print(
         f"{size}x{size}, {args.in_channels} channels, batch {args.batch_size}, "

@@ -25,7 +25,7 @@ def report(sides: list[Side], args: argparse.Namespace) -> None:
     print(f"{'':10} {'s/step':>9} {'images/s':>9} {'peak GiB':>9} {'first s':>8} {'ratio':>6}")
     for side in sides:
         seconds = statistics.median(side.seconds)
-        ratio = statistics.median(b / a for a, b in zip(own.seconds, side.seconds))
+        ratio = side.ratio_to(own)
         print(
             f"{side.name:10} {seconds:9.4f} {args.batch_size / seconds:9.2f} "
             f"{side.peak_bytes / 2**30:9.2f} {side.about['first_step']:8.1f} {ratio:6.2f}"

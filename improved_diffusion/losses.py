@@ -17,7 +17,7 @@ HALF_BIN = 1.0 / 255.0
 UNIFORM = "uniform"
 WEIGHTINGS = (UNIFORM, "min_snr", "truncated_snr", "p2", "sigmoid", "debiased")
 MIN_SNR_GAMMA = 5.0
-# Of ``sigmoid``, for images of 64 x 64. Ours, of the size of what was published; not tuned.
+# Of ``sigmoid``, for images of 64 x 64. Ours; not tuned.
 SIGMOID_BIAS = -1.0
 
 

@@ -192,8 +192,7 @@ def _train(flags: dict[str, Any], given: dict[str, Any], super_res: bool, held: 
     elif (preset := flags["preset"]) not in ("", NO_PRESET):
         # A recipe sets flags of the training, too.
         defaults = flags if preset in RECIPES and not super_res else model_flags_of(flags)
-        chosen = {name: given.get(name, default) for name, default in defaults.items()}
-        flags = {**flags, **preset_flags(preset, chosen), **given}
+        flags = {**flags, **preset_flags(preset, defaults), **given}
     args = argparse.Namespace(**flags)
     size = args.large_size if super_res else args.image_size
     low_res_size = args.small_size if super_res else None
