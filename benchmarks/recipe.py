@@ -4,10 +4,10 @@ Every arm trains the same small network on the same slices in the same order, fo
 images, and draws the same noise with the same sampler; it differs by the flags that ARMS names. Its
 samples are measured from raw values, see :mod:`improved_diffusion.evaluation`: channels that are
 noise only, constant or saturated; the background; mask pixels off the label codes before they are
-set to them; tumour outside the brain; agreement of the image channels; kernel distance of file-free
-features to test patients, whose floor is that of as many training slices. Writes recipe.json and
-recipe.png, a picture of each arm's first samples, and prints a table. What is there already is not
-made again, and an interrupted training is continued.
+set to them; tumour outside the brain; each label's share of the slice; agreement of the image
+channels; kernel distance of file-free features to test patients, whose floor is that of as many
+training slices. Writes recipe.json and recipe.png, a picture of each arm's first samples, and
+prints a table. What is there already is not made again, and an interrupted training is continued.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from improved_diffusion.training_data import find_training_data
 ROOT = Path(__file__).resolve().parent.parent
 EMA = "ema_0.9999"
 BROKEN = ("noise_only", "constant", "saturated")  # flags of a channel that shows nothing
+LABELS = dict(zip(("core", "oedema", "enhancing"), brats.MASK_CODES[1:]))
 SHOWN = 6  # samples of each arm in the picture
 NETWORK = (
     "--image_size 64 --num_channels 32 --num_res_blocks 1 --channel_mult 1,1,2,4 "
@@ -104,6 +105,7 @@ ARMS = {
     "image, full gradient": Arm("--predict_xstart True --learn_sigma True --sigma_gradient full"),
     # What --preset brats sets, sampled as image_sample.py does.
     "brats": Arm("--preset brats", sampling="::auto"),
+    "brats, grey masks": Arm("--preset brats --mask_encoding grey", sampling="::auto"),
 }
 
 
@@ -293,6 +295,9 @@ def measures(
     for name in ("mask_outside_brain", "channel_agreement", "empty_mask_share", "tumour_area"):
         if name in found:
             row[name] = found[name]
+    for name, code in LABELS.items():
+        if "label_shares" in found:
+            row[name] = found["label_shares"][str(code)]
     return row
 
 
@@ -332,6 +337,9 @@ COLUMNS = {
     "mask_outside_brain": ("outside the brain, %", 100),
     "channel_agreement": ("agreement", 1),
     "empty_mask_share": ("empty masks, %", 100),
+    "core": ("necrotic core, %", 100),
+    "oedema": ("oedema, %", 100),
+    "enhancing": ("enhancing tumour, %", 100),
     "distance": ("distance", 1),
 }
 

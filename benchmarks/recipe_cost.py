@@ -2,7 +2,7 @@
 
 Each arm is a process that trains the network of the comparison on random images; they take turns,
 so that whatever slows the machine slows all. Masks are encoded beforehand: an encoding costs what
-its channels add to the network.
+its channels and logits add.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from benchmarks import recipe
 from benchmarks.sides import Side, print_machine, run_rounds, side_parser
 from improved_diffusion import brats, cli
 from improved_diffusion.architecture import preset_flags
-from improved_diffusion.encodings import network_channels
+from improved_diffusion.encodings import GREY, network_channels, network_logits
 from improved_diffusion.script_util import add_dict_to_argparser, model_and_diffusion_defaults
 
 
@@ -61,7 +61,10 @@ def model_flags(name: str, in_channels: int) -> dict[str, Any]:
         parser.set_defaults(**preset_flags(preset, defaults))
     flags = vars(parser.parse_known_args(words)[0])
     del flags["preset"]
-    flags["in_channels"] = network_channels(flags.pop("mask_encoding"), in_channels)
+    encoding = flags["mask_encoding"]
+    flags["in_channels"] = network_channels(encoding, in_channels)
+    if not network_logits(encoding):
+        flags["mask_encoding"] = GREY
     return flags
 
 

@@ -55,14 +55,18 @@ def main() -> None:
 def ours(settings: dict[str, Any], device: torch.device) -> tuple[Step, dict[str, Any]]:
     """This package's training step."""
     from improved_diffusion import logger, script_util
+    from improved_diffusion.brats import MASK_CHANNEL
     from improved_diffusion.cost import training_cost
+    from improved_diffusion.encodings import MaskEncoding
     from improved_diffusion.fp16_util import allow_tf32
     from improved_diffusion.train_util import TrainLoop
 
     allow_tf32(settings["tf32"])
-    model, diffusion = script_util.create_model_and_diffusion(
-        **{**script_util.model_and_diffusion_defaults(), **settings["model"]}
-    )
+    flags = {**script_util.model_and_diffusion_defaults(), **settings["model"]}
+    # The first of the random channels stands for the mask.
+    names = [MASK_CHANNEL] + ["T1"] * (flags["in_channels"] - 1)
+    labels = MaskEncoding(flags["mask_encoding"], names).posterior
+    model, diffusion = script_util.create_model_and_diffusion(**flags, labels=labels)
     _load_or_save(model, settings["weights"])
     logger.configure(tempfile.mkdtemp(), [])
     loop = TrainLoop(

@@ -109,6 +109,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "sigma_small": True,
         "noise_schedule": "cosine",
         "loss_weighting": "debiased",
+        "mask_encoding": "labels",
         "batch_size": 16,
         "microbatch": "auto",
         "warmup_steps": 100,

@@ -2,7 +2,8 @@
 
 Between two labels a network that is unsure draws what lies between their codes. On the grey scale
 a third label lies there: a border of background (0) and enhancing tumour (204) becomes oedema
-(102). The other encodings have no such order.
+(102). Encodings of several channels have no such order, and a network that tells the probabilities
+of the labels (:mod:`improved_diffusion.label_posterior`) ends on one of the codes.
 
 Shapes: N slices, C image channels, C' channels of the network, K of them of the mask, H, W.
 """
@@ -16,9 +17,10 @@ from collections.abc import Sequence
 import torch
 
 from improved_diffusion.brats import MASK_CHANNEL, MASK_CODES
+from improved_diffusion.label_posterior import LabelPosterior
 
-GREY, ONE_HOT, BITS, SDF = "grey", "onehot", "bits", "sdf"
-ENCODINGS = (GREY, ONE_HOT, BITS, SDF)
+GREY, LABELS, ONE_HOT, BITS, SDF = "grey", "labels", "onehot", "bits", "sdf"
+ENCODINGS = (GREY, LABELS, ONE_HOT, BITS, SDF)
 
 # A mask pixel farther than this from every codeword is off the codes: 12 of 255 levels.
 TOLERANCE = 12 / 127.5
@@ -27,15 +29,23 @@ SDF_SHARE = 1 / 16
 
 _OF_LABELS = tuple(f"_{code}" for code in MASK_CODES[1:])
 # What stands behind the mask's name in the names of its channels.
-_SUFFIXES = {GREY: ("",), ONE_HOT: _OF_LABELS, BITS: ("_bit1", "_bit0"), SDF: _OF_LABELS}
+_SUFFIXES = {
+    GREY: ("",),
+    LABELS: ("",),
+    ONE_HOT: _OF_LABELS,
+    BITS: ("_bit1", "_bit0"),
+    SDF: _OF_LABELS,
+}
 
 # The codewords of background, necrotic core, oedema, enhancing tumour. The bits (Chen et al. 2023)
 # are the label's number in plain binary, in which the labels that lie beside each other in a
 # tumour, background - oedema - enhancing tumour - core (- background), differ in one bit: a border
 # where that bit is unsure shows no third label. In the reflected Gray code background (00) and
 # oedema (11), the longest border, would differ in both.
+_GREY_CODES = tuple(code / 127.5 - 1 for code in MASK_CODES)
 _CODEWORDS = {
-    GREY: tuple((code / 127.5 - 1,) for code in MASK_CODES),
+    GREY: tuple((code,) for code in _GREY_CODES),
+    LABELS: tuple((code,) for code in _GREY_CODES),
     ONE_HOT: ((-1.0, -1.0, -1.0), (1.0, -1.0, -1.0), (-1.0, 1.0, -1.0), (-1.0, -1.0, 1.0)),
     BITS: ((-1.0, -1.0), (-1.0, 1.0), (1.0, -1.0), (1.0, 1.0)),
 }
@@ -53,14 +63,20 @@ def network_channels(name: str, in_channels: int) -> int:
     return in_channels - 1 + len(_SUFFIXES[name])
 
 
+def network_logits(name: str) -> int:
+    """How many outputs the network has for the labels, beyond those for its channels."""
+    return len(MASK_CODES) - 1 if name == LABELS else 0
+
+
 class MaskEncoding:
     """Brings the mask among the channels of slices into the network's form and back.
 
-    ``grey``: the grey codes as they are, one channel. ``onehot``: a channel for each label but the
-    background, 1 where it is and -1 elsewhere. ``bits``: two analog bits of the label's number, -1
-    and 1 (Chen et al. 2023). ``sdf``: for each of the three labels the signed distance of pixel
-    centres to the nearest pixel on the other side, positive inside, at most :data:`SDF_SHARE` of
-    the image's size, which becomes 1.
+    ``grey``: the grey codes as they are, one channel. ``labels``: the same channel, of which the
+    network tells the labels' probabilities, see :attr:`posterior`. ``onehot``: a channel for each
+    label but the background, 1 where it is and -1 elsewhere. ``bits``: two analog bits of the
+    label's number, -1 and 1 (Chen et al. 2023). ``sdf``: for each of the three labels the signed
+    distance of pixel centres to the nearest pixel on the other side, positive inside, at most
+    :data:`SDF_SHARE` of the image's size, which becomes 1.
 
     :param name: one of :data:`ENCODINGS`.
     :param channels: names of the image channels; empty where they have none.
@@ -86,6 +102,14 @@ class MaskEncoding:
             suffixes = _SUFFIXES[name] if channel == MASK_CHANNEL else ("",)
             self.names += [channel + suffix for suffix in suffixes]
 
+    @property
+    def posterior(self) -> LabelPosterior | None:
+        """How the process predicts the mask by its labels; None: as any other channel."""
+        if self.name != LABELS:
+            return None
+        assert self.mask is not None
+        return LabelPosterior(self.mask, _GREY_CODES)
+
     def encode(self, images: torch.Tensor) -> torch.Tensor:
         """Images [N, C, H, W] in [-1, 1] -> [N, C', H, W] in [-1, 1].
 
@@ -107,9 +131,9 @@ class MaskEncoding:
         """What the network draws, [N, C', H, W] -> images [N, C, H, W].
 
         The mask holds the codes of the nearest codewords, of equally near ones the lower code (of
-        ``sdf``: the label that is deepest inside); in ``grey`` it stays as it is.
+        ``sdf``: the label that is deepest inside); in ``grey`` and ``labels`` it stays as it is.
         """
-        if self.name == GREY:
+        if self.name in (GREY, LABELS):
             return encoded
         before, planes, after = self._parts(encoded, len(_SUFFIXES[self.name]))
         # [N, 1, H, W]
@@ -119,7 +143,7 @@ class MaskEncoding:
         else:
             largest, index = planes.max(dim=1, keepdim=True)
             labels = torch.where(largest > 0, index + 1, 0)
-        codes = planes.new_tensor(_CODEWORDS[GREY]).flatten()
+        codes = planes.new_tensor(_GREY_CODES)
         return torch.cat([before, codes[labels], after], dim=1)
 
     def off_code(self, encoded: torch.Tensor) -> torch.Tensor | None:

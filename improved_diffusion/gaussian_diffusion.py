@@ -6,7 +6,8 @@ are IDDPM's unless another paper is named.
 
 Shapes: images are [N, C, ...] in [-1, 1]; timesteps ``t`` are int64 [N] in [0, T), where 0 is the
 step with the least noise. A model is any callable ``model(x, t, **model_kwargs)`` that returns
-[N, C, ...], or [N, 2C, ...] where the variance is learned. The model of a self-conditioned process
+[N, C, ...], or [N, 2C, ...] where the variance is learned; where it tells a channel's labels, K - 1
+more (:mod:`improved_diffusion.label_posterior`). The model of a self-conditioned process
 also takes ``x_self`` [N, C, ...], its previous prediction of x_0; left out, it stands for zeros.
 """
 
@@ -20,6 +21,7 @@ import numpy as np
 import torch
 
 from improved_diffusion import cli
+from improved_diffusion.label_posterior import WEIGHT, LabelPosterior
 from improved_diffusion.losses import (
     MIN_SNR_GAMMA,
     SIGMOID_BIAS,
@@ -119,6 +121,8 @@ class GaussianDiffusion:
     :param loss_weighting: how the squared error is weighted over the timesteps, one of
         :data:`improved_diffusion.losses.WEIGHTINGS`; ``uniform``: not at all, as L_simple.
     :param min_snr_gamma, sigmoid_bias: see :func:`improved_diffusion.losses.xstart_weights`.
+    :param labels: the channel of which the model gives the labels' logits: the first in its place
+        among the C of the prediction, the others behind everything else.
     :raises ValueError: for other betas, an unknown weighting or one of the bound alone, and for
         noise prediction where x_T is pure noise.
     """
@@ -135,6 +139,7 @@ class GaussianDiffusion:
         loss_weighting: str = UNIFORM,
         min_snr_gamma: float = MIN_SNR_GAMMA,
         sigmoid_bias: float = SIGMOID_BIAS,
+        labels: LabelPosterior | None = None,
     ) -> None:
         betas = np.array(betas, dtype=np.float64)
         if betas.ndim != 1 or betas.size == 0 or (betas <= 0).any() or (betas > 1).any():
@@ -148,6 +153,7 @@ class GaussianDiffusion:
         self.loss_type = loss_type
         self.rescale_timesteps = rescale_timesteps
         self.self_condition = self_condition
+        self.labels = labels
         self.num_timesteps = len(betas)
 
         self.betas = betas
@@ -320,16 +326,44 @@ class GaussianDiffusion:
                 return self.q_posterior_mean_variance(x_start, x_t, t)[0]
 
     def _split_output(
-        self, output: torch.Tensor, x: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The model's prediction of the mean and, where it is learned, of the variance."""
+        self, output: torch.Tensor, x: torch.Tensor, t: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """The model's prediction of the mean and, where it gives them, variance and labels.
+
+        The labels' are their log-probabilities, see :meth:`LabelPosterior.log_probabilities`.
+        """
         channels = x.shape[1]
-        if self.model_var_type not in LEARNED_VARIANCES:
-            assert output.shape == x.shape
-            return output, None
-        assert output.shape == (x.shape[0], 2 * channels, *x.shape[2:])
-        prediction, variance = output.split(channels, dim=1)
-        return prediction, variance
+        variances = channels if self.model_var_type in LEARNED_VARIANCES else 0
+        extra = self.labels.extra if self.labels else 0
+        assert output.shape == (x.shape[0], channels + variances + extra, *x.shape[2:])
+        prediction, variance, logits = output.split([channels, variances, extra], dim=1)
+        log_probabilities = None
+        if self.labels:
+            before, first, after = self.labels.split(prediction)
+            x_t = self.labels.split(x)[1]
+            alpha = self._at("sqrt_alphas_cumprod", t, x_t)
+            sigma = self._at("sqrt_one_minus_alphas_cumprod", t, x_t)
+            log_probabilities = self.labels.log_probabilities(
+                torch.cat([first, logits], dim=1), x_t, alpha, sigma
+            )
+            mask = self._prediction_of(self.labels.mean(log_probabilities), x_t, t)
+            prediction = torch.cat([before, mask, after], dim=1)
+        return prediction, variance if variances else None, log_probabilities
+
+    def _prediction_of(
+        self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
+    ) -> torch.Tensor:
+        """What the model would predict where it took ``x_start`` for x_0."""
+        match self.model_mean_type:
+            case ModelMeanType.EPSILON:
+                return self.predict_eps_from_xstart(x_t, t, x_start)
+            case ModelMeanType.START_X:
+                return x_start
+            case ModelMeanType.VELOCITY:
+                signal = self._at("sqrt_alphas_cumprod", t, x_t) * x_t
+                return (signal - x_start) / self._at("sqrt_one_minus_alphas_cumprod", t, x_t)
+            case ModelMeanType.PREVIOUS_X:
+                return self.q_posterior_mean_variance(x_start, x_t, t)[0]
 
     def _reverse_distribution(
         self,
@@ -404,7 +438,7 @@ class GaussianDiffusion:
 
         :param clip_denoised: limit it to [-1, 1].
         """
-        prediction, _ = self._split_output(self._evaluate(model, x, t, model_kwargs), x)
+        prediction, _, _ = self._split_output(self._evaluate(model, x, t, model_kwargs), x, t)
         return self._xstart(prediction, x, t, clip_denoised)
 
     def p_mean_variance(
@@ -423,7 +457,7 @@ class GaussianDiffusion:
         :return: ``mean``, ``variance``, ``log_variance`` and ``pred_xstart``, each like ``x``.
         """
         output = self._evaluate(model, x, t, model_kwargs)
-        prediction, variance_values = self._split_output(output, x)
+        prediction, variance_values, _ = self._split_output(output, x, t)
         return self._reverse_distribution(
             prediction, variance_values, x, t, clip_denoised, denoised_fn
         )
@@ -623,7 +657,9 @@ class GaussianDiffusion:
             sees its own prediction; drawn if not given.
         :return: ``loss`` [N]; for the squared-error losses also ``mse`` [N], which is never
             weighted, and, where the variance is learned, ``vb`` [N], the term of the bound that
-            trains it.
+            trains it; where the model tells labels ``ce`` [N], their cross-entropy in nats, which
+            times :data:`~improved_diffusion.label_posterior.WEIGHT` stands in the loss for the
+            squared error of their channel.
         """
         if noise is None:
             noise = torch.randn_like(x_start)
@@ -632,7 +668,7 @@ class GaussianDiffusion:
             x_self = self._first_prediction(model, x_t, t, model_kwargs, conditioned)
             model_kwargs = {**(model_kwargs or {}), "x_self": x_self}
         output = self._evaluate(model, x_t, t, model_kwargs)
-        prediction, variance_values = self._split_output(output, x_t)
+        prediction, variance_values, log_labels = self._split_output(output, x_t, t)
 
         if self.loss_type.is_vb():
             reverse = self._reverse_distribution(prediction, variance_values, x_t, t, False)
@@ -650,6 +686,13 @@ class GaussianDiffusion:
             if self._rescales():
                 terms["vb"] = terms["vb"] * (self.num_timesteps / 1000.0)
         loss = terms["mse"]
+        if log_labels is not None:
+            # The labels learn from their cross-entropy in place of their channel's squared error.
+            before, _, after = self.labels.split(prediction)
+            own = self.labels.split(target)[1]
+            others = squared_error(torch.cat([before, own, after], dim=1), target)
+            terms["ce"] = self.labels.cross_entropy(log_labels, self.labels.split(x_start)[1])
+            loss = others + WEIGHT * terms["ce"] / x_start.shape[1]
         if self.loss_weights is not None:
             loss = self._at("loss_weights", t, loss) * loss
         terms["loss"] = loss + terms["vb"] if "vb" in terms else loss

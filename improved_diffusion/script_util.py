@@ -19,7 +19,13 @@ from improved_diffusion.architecture import (
     preset_flags,
     same_value,
 )
-from improved_diffusion.encodings import ENCODINGS, GREY, MaskEncoding, network_channels
+from improved_diffusion.encodings import (
+    ENCODINGS,
+    GREY,
+    MaskEncoding,
+    network_channels,
+    network_logits,
+)
 from improved_diffusion.gaussian_diffusion import (
     NOT_FROM_NOISE,
     GaussianDiffusion,
@@ -27,6 +33,7 @@ from improved_diffusion.gaussian_diffusion import (
     ModelMeanType,
     ModelVarType,
 )
+from improved_diffusion.label_posterior import LabelPosterior
 from improved_diffusion.losses import MIN_SNR_GAMMA, SIGMOID_BIAS, UNIFORM, WEIGHTINGS
 from improved_diffusion.respace import SpacedDiffusion, space_timesteps
 from improved_diffusion.unet import SelfConditionedModel, SuperResModel, UNetModel
@@ -178,8 +185,19 @@ def create_model_and_diffusion(
     loss_weighting: str = UNIFORM,
     min_snr_gamma: float = MIN_SNR_GAMMA,
     sigma_gradient: str = AUTO,
+    labels: LabelPosterior | None = None,
 ) -> tuple[UNetModel, GaussianDiffusion]:
-    """A network and its process; the arguments are the flags of :data:`HELP`."""
+    """A network and its process; the arguments are the flags of :data:`HELP`.
+
+    :param labels: the :attr:`~improved_diffusion.encodings.MaskEncoding.posterior` of the mask's
+        encoding, which depends on the channels' names.
+    :raises ValueError: for settings that do not fit each other.
+    """
+    if bool(labels) != bool(network_logits(mask_encoding)):
+        raise ValueError(
+            f"mask_encoding {mask_encoding} and labels {labels} do not fit: give the posterior of "
+            "MaskEncoding(mask_encoding, channels)"
+        )
     model = create_model(
         image_size,
         num_channels,
@@ -215,6 +233,7 @@ def create_model_and_diffusion(
         zero_terminal_snr=zero_terminal_snr,
         loss_weighting=loss_weighting,
         min_snr_gamma=min_snr_gamma,
+        labels=labels,
     )
     return model, diffusion
 
@@ -239,12 +258,12 @@ def create_model(
     detach_variance: bool = False,
 ) -> UNetModel:
     """A network for images of ``in_channels`` channels, the mask among them encoded."""
-    width = network_channels(mask_encoding, in_channels)
+    width, logits = network_channels(mask_encoding, in_channels), network_logits(mask_encoding)
     network = SelfConditionedModel if self_condition else UNetModel
     return network(
         in_channels=width,
         model_channels=num_channels,
-        out_channels=width * (2 if learn_sigma else 1),
+        out_channels=width * (2 if learn_sigma else 1) + logits,
         num_res_blocks=num_res_blocks,
         dropout=dropout,
         num_classes=_classes(class_cond, num_classes),
@@ -253,6 +272,7 @@ def create_model(
         num_heads_upsample=num_heads_upsample,
         use_scale_shift_norm=use_scale_shift_norm,
         detach_variance=detach_variance,
+        label_logits=logits,
         **_levels(image_size, channel_mult, attention_resolutions),
     )
 
@@ -445,6 +465,7 @@ def create_gaussian_diffusion(
     zero_terminal_snr: bool = False,
     loss_weighting: str = UNIFORM,
     min_snr_gamma: float = MIN_SNR_GAMMA,
+    labels: LabelPosterior | None = None,
 ) -> SpacedDiffusion:
     """A process; ``timestep_respacing`` as for :func:`respace.space_timesteps`, empty: all steps.
 
@@ -491,6 +512,7 @@ def create_gaussian_diffusion(
         loss_weighting=loss_weighting,
         min_snr_gamma=min_snr_gamma,
         sigmoid_bias=SIGMOID_BIAS + math.log(snr_shift),
+        labels=labels,
     )
 
 
@@ -551,6 +573,8 @@ def load_model_and_diffusion(
                 f"with {script}"
             )
         claimed = preset_flags(preset, defaults) if preset not in ("", NO_PRESET) else {}
+        # A recipe's encoding is not used without a mask, and was another once.
+        claimed.pop("mask_encoding", None)
         size = {**defaults, **trained}["large_size" if super_res else "image_size"]
         for name in FIXED_BY_TRAINING:
             said = {**claimed, **given}.get(name)
@@ -575,13 +599,15 @@ def load_model_and_diffusion(
             )
         named_flags = {name: value for name, value in given.items() if name in defaults}
         flags = complete_flags(path, shapes, named_flags, defaults, preset)
-    create = sr_create_model_and_diffusion if super_res else create_model_and_diffusion
-    model, diffusion = create(**flags)
+    encoding = MaskEncoding(flags.get("mask_encoding", GREY), channels, flags["in_channels"])
+    if super_res:
+        model, diffusion = sr_create_model_and_diffusion(**flags)
+    else:
+        model, diffusion = create_model_and_diffusion(**flags, labels=encoding.posterior)
     checkpoint.load_into(model, weights, path)
     classes = list(metadata.get("classes", []))
     if flags["class_cond"] and not classes:
         classes = [str(number) for number in range(model.num_classes)]
-    encoding = MaskEncoding(flags.get("mask_encoding", GREY), channels, flags["in_channels"])
     return Loaded(model, diffusion, flags, metadata, channels, classes, encoding)
 
 

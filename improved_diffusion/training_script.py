@@ -18,6 +18,7 @@ from torch.utils.data import default_collate
 from improved_diffusion import __version__, checkpoint, cli, dist_util, logger
 from improved_diffusion.architecture import NO_PRESET, RECIPES, preset_flags
 from improved_diffusion.augmentation import Augmentation
+from improved_diffusion.brats import MASK_CHANNEL
 from improved_diffusion.cost import free_memory, largest_microbatch, training_cost
 from improved_diffusion.encodings import GREY, MaskEncoding
 from improved_diffusion.evaluation.in_training import Evaluation
@@ -202,6 +203,9 @@ def _train(flags: dict[str, Any], given: dict[str, Any], super_res: bool, held: 
     if data.classes and not args.num_classes:
         args.num_classes = len(data.classes)
     _check_numbers(args)
+    has_mask = MASK_CHANNEL in data.channels
+    if not super_res and not has_mask and "mask_encoding" not in given:
+        args.mask_encoding = GREY  # whatever a recipe names for the mask
     encoding = MaskEncoding(vars(args).get("mask_encoding", GREY), data.channels, data.in_channels)
     augmentation = _augmentation(args, data, super_res)
     _check_classes(args, data, loaded, resume)
@@ -227,8 +231,10 @@ def _train(flags: dict[str, Any], given: dict[str, Any], super_res: bool, held: 
         model, diffusion = loaded.model, loaded.diffusion
     else:
         torch.manual_seed(derive_seed(args.seed, "weights", 0))
-        create = sr_create_model_and_diffusion if super_res else create_model_and_diffusion
-        model, diffusion = create(**model_flags)
+        if super_res:
+            model, diffusion = sr_create_model_and_diffusion(**model_flags)
+        else:
+            model, diffusion = create_model_and_diffusion(**model_flags, labels=encoding.posterior)
     schedule_sampler = create_named_schedule_sampler(args.schedule_sampler, diffusion)
     preview = _preview(args, diffusion, data, encoding, size, low_res_size)
     if args.dry_run:

@@ -193,7 +193,7 @@ class UNetModel(nn.Module):
     :param in_channels: channels of the image, at least 1.
     :param model_channels: base width; the width at every level is a multiple of 32.
     :param out_channels: channels of the output: as many as the image has, or twice that where the
-        variance is learned.
+        variance is learned, and ``label_logits`` more.
     :param num_res_blocks: residual blocks per level.
     :param attention_resolutions: downsampling factors (1, 2, 4, ...) at which attention is used.
     :param dropout: dropout rate in the residual blocks.
@@ -207,6 +207,8 @@ class UNetModel(nn.Module):
     :param use_scale_shift_norm: see :class:`ResBlock`.
     :param detach_variance: the second half of the output channels, the variance's, trains its rows
         of the last convolution and nothing before them.
+    :param label_logits: output channels behind these two halves, see
+        :mod:`improved_diffusion.label_posterior`.
     :raises ValueError: for widths that normalisation or attention cannot divide.
     """
 
@@ -227,6 +229,7 @@ class UNetModel(nn.Module):
         num_heads_upsample: int = -1,
         use_scale_shift_norm: bool = False,
         detach_variance: bool = False,
+        label_logits: int = 0,
     ) -> None:
         super().__init__()
         if in_channels < 1:
@@ -246,6 +249,7 @@ class UNetModel(nn.Module):
         self.out_channels = out_channels
         self.num_classes = num_classes
         self.detach_variance = detach_variance
+        self.label_logits = label_logits
         # The type in which the blocks compute; None: their own parameters'.
         self.compute_dtype: torch.dtype | None = None
 
@@ -358,9 +362,10 @@ class UNetModel(nn.Module):
         h = activation(norm(h)).to(x.dtype)
         if not (self.detach_variance and torch.is_grad_enabled()):
             return last(h)
-        mean, _ = last(h).chunk(2, dim=1)
-        _, variance = last(h.detach()).chunk(2, dim=1)
-        return torch.cat([mean, variance], dim=1)
+        half = (self.out_channels - self.label_logits) // 2
+        mean, _, logits = last(h).split([half, half, self.label_logits], dim=1)
+        variance = last(h.detach())[:, half : 2 * half]
+        return torch.cat([mean, variance, logits], dim=1)
 
     def get_feature_vectors(
         self, x: torch.Tensor, timesteps: torch.Tensor, y: torch.Tensor | None = None

@@ -130,7 +130,7 @@ def test_contradictions_are_refused(trained, slices, script, pictures, tmp_path)
     base = ["--data_dir", slices, *TRAIN, *out]
     alone = [*base, "--channels", "T1CE", "--mask_encoding", "sdf"]
     refused(script("image_train", *alone), "--mask_encoding sdf needs Seg", "T1CE")
-    refused(script("image_train", *base, "--mask_encoding", "rgb"), "choose from grey, onehot")
+    refused(script("image_train", *base, "--mask_encoding", "rgb"), "choose from grey, labels")
     refused(script("image_train", *base, "--augment", 2), "--augment 2.0", "from 0 to 1")
     refused(script("image_train", *base, "--augment_scale", 1), "--augment_scale 1.0")
     of_pictures = ["--data_dir", pictures, *TRAIN, *out]
@@ -139,6 +139,32 @@ def test_contradictions_are_refused(trained, slices, script, pictures, tmp_path)
     large = ["--data_dir", slices, *SIZES, *TRAIN[2:], *out, "--augment", 0.5]
     refused(script("super_res_train", *large), "--augment 0.5", "super-resolution")
     assert not (tmp_path / "x").exists()
+
+
+def test_the_recipe_predicts_labels_where_there_is_a_mask(slices, script, tmp_path):  # noqa: F811
+    base = ["--data_dir", slices, "--preset", "brats", *TRAIN, "--max_steps", 2]
+    base += ["--save_interval", 2, "--diffusion_steps", 1000]
+    for channels, encoding, outputs in (("T1CE,Seg", "labels", 5), ("T1CE", "grey", 1)):
+        out = tmp_path / encoding
+        assert script("image_train", *base, "--channels", channels, "--out_dir", out)[0] == 0
+        model = out / "ema_0.9_000002.pt"
+        found = load_model_and_diffusion(str(model), {"preset": "brats"})
+        assert found.flags["mask_encoding"] == encoding and found.flags["predict_v"]
+        assert found.model.out_channels == outputs
+        again = ["--out_dir", out, "--resume_checkpoint", "latest", "--max_steps", 3]
+        assert script("image_train", *base, "--channels", channels, *again)[0] == 0
+        rows = logger.read_progress(str(out / "progress.csv"))
+        assert [row["step"] for row in rows] == [1, 2, 3]
+        assert all((row.get("ce") or 0) > 0 for row in rows) is (encoding == "labels")
+        samples = tmp_path / f"samples {encoding}"
+        argv = ["--model_path", model, "--num_samples", 2, "--sample_dir", samples]
+        assert script("image_sample", *argv, "--preset", "brats")[0] == 0
+    mask = np.load(tmp_path / "samples labels" / "samples_2x32x32x2.npz")["arr_0"][..., 0]
+    gaps = np.abs(mask[..., None].astype(int) - [0, 51, 102, 204]).min(axis=-1)
+    assert (gaps <= 12).mean() > 0.995  # of a network that has learned nothing
+    argv = ["--model_path", tmp_path / "labels" / "model000002.pt", "--sample_dir", tmp_path / "x"]
+    result = script("image_sample", *argv, "--mask_encoding", "grey")
+    refused(result, "--mask_encoding grey contradicts", "--mask_encoding labels")
 
 
 def test_a_checkpoint_from_before_the_flag_is_grey(tmp_path):

@@ -83,6 +83,7 @@ def test_codewords():
 def test_names_and_widths():
     names = {
         "grey": ["FLAIR", "Seg", "T1CE"],
+        "labels": ["FLAIR", "Seg", "T1CE"],
         "onehot": ["FLAIR", "Seg_51", "Seg_102", "Seg_204", "T1CE"],
         "bits": ["FLAIR", "Seg_bit1", "Seg_bit0", "T1CE"],
         "sdf": ["FLAIR", "Seg_51", "Seg_102", "Seg_204", "T1CE"],
@@ -101,7 +102,7 @@ def test_names_and_widths():
     [
         ("bits", ["T1"], "--mask_encoding bits needs Seg among --channels, not T1; add it"),
         ("sdf", [], "--mask_encoding sdf needs Seg among --channels, not ordinary pictures"),
-        ("gray", CHANNELS, "--mask_encoding gray: choose from grey, onehot, bits, sdf"),
+        ("gray", CHANNELS, "--mask_encoding gray: choose from grey, labels, onehot, bits, sdf"),
     ],
 )
 def test_refused(name, channels, message):

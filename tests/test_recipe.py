@@ -42,6 +42,8 @@ def test_real_slices_have_every_good_value(real, limits):
     assert row["valid"]["value"] == 1 and row["black"]["value"] == 1
     for name in ("broken_image", "broken_mask", "background", "off_code", "drawn_noise"):
         assert row[name]["value"] == 0, name
+    for name, code in (("core", 51), ("oedema", 102), ("enhancing", 204)):
+        assert row[name]["value"] == pytest.approx((real[..., MASK] == code).mean()), name
 
 
 def test_a_quarter_of_broken_channels(real, limits):

@@ -3,6 +3,7 @@
 import torch
 
 from improved_diffusion import checkpoint
+from improved_diffusion.encodings import MaskEncoding
 from improved_diffusion.script_util import create_model_and_diffusion, model_and_diffusion_defaults
 
 FLAGS = {
@@ -22,7 +23,8 @@ def save(path, channels, **changes):
     """Write a model of these flags with random weights; gives the path as text."""
     torch.manual_seed(0)
     flags = {**FLAGS, **changes}
-    model, _ = create_model_and_diffusion(**flags)
+    labels = MaskEncoding(flags["mask_encoding"], channels, flags["in_channels"]).posterior
+    model, _ = create_model_and_diffusion(**flags, labels=labels)
     for p in model.parameters():  # the last layers start at zero
         torch.nn.init.normal_(p, std=0.1)
     metadata = {"flags": flags, "channels": channels, "step": 3}
