@@ -86,6 +86,7 @@ def test_the_flags_of_an_arm():
     brats = recipe_cost.model_flags("brats", 2)
     assert brats["predict_v"] and not brats["learn_sigma"] and brats["sigma_small"]
     assert (brats["noise_schedule"], brats["loss_weighting"]) == ("cosine", "debiased")
+    assert brats["mask_encoding"] == "labels"
     assert (brats["image_size"], brats["num_channels"], brats["in_channels"]) == (64, 32, 2)
     assert recipe_cost.model_flags("cosine, one-hot", 2)["in_channels"] == 4
     assert recipe_cost.model_flags("report", 5)["learn_sigma"]
@@ -95,7 +96,7 @@ def test_the_cost_of_arms(monkeypatch, capsys):
     network = "--image_size 32 --num_channels 32 --num_res_blocks 1 --channel_mult 1,1"
     monkeypatch.setattr(recipe, "NETWORK", f"{network} --attention_resolutions 8 --num_heads 1")
     argv = "--batch_size 2 --rounds 1 --steps 1 --threads 1".split()
-    arms = ["cosine, one-hot", "cosine, self-conditioned"]
+    arms = ["cosine, one-hot", "cosine, self-conditioned", "brats"]
     monkeypatch.setattr("sys.argv", ["recipe_cost", "--arms", ";".join(arms), *argv])
     recipe_cost.main()
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "|" in line][2:]
