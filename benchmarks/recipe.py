@@ -72,9 +72,6 @@ REPORT = (
     "--learn_sigma True --noise_schedule linear --rescale_learned_sigmas False "
     "--rescale_timesteps False --use_scale_shift_norm False"
 )
-IMAGE = "--predict_xstart True"
-COSINE = f"{VELOCITY} --noise_schedule cosine"
-ANNEALED = "--lr_anneal_steps {steps}"
 COSINE = f"{VELOCITY} --noise_schedule cosine"
 ARMS = {
     "report": Arm(REPORT),
@@ -295,9 +292,8 @@ def measures(
     for name in ("mask_outside_brain", "channel_agreement", "empty_mask_share", "tumour_area"):
         if name in found:
             row[name] = found[name]
-    for name, code in LABELS.items():
-        if "label_shares" in found:
-            row[name] = found["label_shares"][str(code)]
+    if "label_shares" in found:
+        row.update({name: found["label_shares"][str(code)] for name, code in LABELS.items()})
     return row
 
 

@@ -37,12 +37,12 @@ _SUFFIXES = {
     SDF: _OF_LABELS,
 }
 
+_GREY_CODES = tuple(code / 127.5 - 1 for code in MASK_CODES)
 # The codewords of background, necrotic core, oedema, enhancing tumour. The bits (Chen et al. 2023)
 # are the label's number in plain binary, in which the labels that lie beside each other in a
 # tumour, background - oedema - enhancing tumour - core (- background), differ in one bit: a border
 # where that bit is unsure shows no third label. In the reflected Gray code background (00) and
 # oedema (11), the longest border, would differ in both.
-_GREY_CODES = tuple(code / 127.5 - 1 for code in MASK_CODES)
 _CODEWORDS = {
     GREY: tuple((code,) for code in _GREY_CODES),
     LABELS: tuple((code,) for code in _GREY_CODES),

@@ -346,24 +346,12 @@ class GaussianDiffusion:
             log_probabilities = self.labels.log_probabilities(
                 torch.cat([first, logits], dim=1), x_t, alpha, sigma
             )
-            mask = self._prediction_of(self.labels.mean(log_probabilities), x_t, t)
+            x_start = self.labels.mean(log_probabilities)
+            noise = self.predict_eps_from_xstart(x_t, t, x_start)
+            # What a model would predict that took this for x_0.
+            mask = self._training_target(x_start, x_t, t, noise)
             prediction = torch.cat([before, mask, after], dim=1)
         return prediction, variance if variances else None, log_probabilities
-
-    def _prediction_of(
-        self, x_start: torch.Tensor, x_t: torch.Tensor, t: torch.Tensor
-    ) -> torch.Tensor:
-        """What the model would predict where it took ``x_start`` for x_0."""
-        match self.model_mean_type:
-            case ModelMeanType.EPSILON:
-                return self.predict_eps_from_xstart(x_t, t, x_start)
-            case ModelMeanType.START_X:
-                return x_start
-            case ModelMeanType.VELOCITY:
-                signal = self._at("sqrt_alphas_cumprod", t, x_t) * x_t
-                return (signal - x_start) / self._at("sqrt_one_minus_alphas_cumprod", t, x_t)
-            case ModelMeanType.PREVIOUS_X:
-                return self.q_posterior_mean_variance(x_start, x_t, t)[0]
 
     def _reverse_distribution(
         self,

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 # The likelihood is that of so many times the noise. With 1 the network is hardly asked about pixels
 # at low noise, whose own values are always right in training; in sampling they are what earlier
 # steps made of them, and single pixels that went wrong stay. What a widened likelihood leaves open
-# the network learns, so that the best probabilities are the same. Ours, as the weight.
+# the network learns, so that the best probabilities are the same. A trained model depends on this
+# number. Ours, as the weight.
 WIDENING = 2.0
 # Of the cross-entropy beside squared errors: few pixels carry a tumour.
 WEIGHT = 4.0
