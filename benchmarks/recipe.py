@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from improved_diffusion import brats, cli, execution, figures, sampling
+from improved_diffusion import brats, cli, dist_util, execution, figures, sampling
 from improved_diffusion.evaluation import distribution, validity
 from improved_diffusion.sampling_script import parse_clip
 from improved_diffusion.script_util import load_model_and_diffusion
@@ -44,7 +44,7 @@ NETWORK = (
 )
 TRAINING = (
     "--batch_size 8 --lr 1e-3 --warmup_steps 50 --grad_clip 0 --log_interval 25 --num_workers 0 "
-    "--sample_interval 0 --eval_interval 0"
+    "--sample_interval 0 --eval_interval 0 --precision fp32 --compile off"
 )
 
 
@@ -103,6 +103,9 @@ ARMS = {
     # What --preset brats sets, sampled as image_sample.py does.
     "brats": Arm("--preset brats", sampling="::auto"),
     "brats, grey masks": Arm("--preset brats --mask_encoding grey", sampling="::auto"),
+    "brats, min-SNR": Arm("--preset brats --loss_weighting min_snr", sampling="::auto"),
+    # For images larger than 64 x 64.
+    "brats, shifted": Arm("--preset brats --snr_shift auto", sampling="::auto"),
 }
 
 
@@ -133,9 +136,10 @@ class Study:
 
     def __init__(self, args: argparse.Namespace, folder: Path) -> None:
         self.args, self.folder = args, folder
-        self.batch = _value_of("--batch_size", TRAINING)
+        self.flags = f"{NETWORK} {TRAINING} {args.flags}"
+        self.batch = _value_of("--batch_size", self.flags)
         self.steps = [round(args.images * part / self.batch) for part in args.at]
-        self.size = _value_of("--image_size", NETWORK)
+        self.size = _value_of("--image_size", self.flags)
         self.channels = brats.parse_channels(args.channels)
 
     def run(self, names: list[str]) -> None:
@@ -156,7 +160,7 @@ class Study:
         own.mkdir(parents=True, exist_ok=True)
         run = self._folder(arm.trained_as or name, seed) / "run"
         if not arm.trained_as and not (run / f"{EMA}_{self.steps[-1]:06d}.pt").exists():
-            flags = f"{NETWORK} {TRAINING} {arm.flags.format(steps=self.steps[-1])}"
+            flags = f"{self.flags} {arm.flags.format(steps=self.steps[-1])}"
             command = [sys.executable, str(ROOT / "scripts/image_train.py"), *flags.split()]
             command += ["--data_dir", self.args.data_dir, "--channels", ",".join(self.channels)]
             command += ["--pack_dir", str(self.folder / "pack"), "--seed", str(seed)]
@@ -233,10 +237,10 @@ def draw(model_path: str, target: str, num_samples: int, seed: int, how: str) ->
         loaded.diffusion, sampler=sampler or sampling.AUTO, steps=int(steps or 0)
     )
     size = loaded.flags["image_size"]
-    device = torch.device("cpu")
+    device = dist_util.dev()
     network = execution.for_sampling(loaded.model, torch.float32, "off", device, evaluations=0)
     parts, off_code = [], []
-    for indices in sampling.batches(num_samples, 20):
+    for indices in sampling.batches(num_samples, 20 if device.type == "cpu" else 100):
         samples = sampling.draw(
             network,
             loaded.diffusion,
@@ -250,7 +254,7 @@ def draw(model_path: str, target: str, num_samples: int, seed: int, how: str) ->
         )
         parts.append(sampling.to_levels(loaded.encoding.decode(samples)))
         shares = loaded.encoding.off_code(samples)
-        off_code.append(np.full(len(samples), np.nan) if shares is None else shares.numpy())
+        off_code.append(np.full(len(samples), np.nan) if shares is None else shares.cpu().numpy())
     partial = f"{target}.partial.npz"
     np.savez(partial, levels=np.concatenate(parts), off_code=np.concatenate(off_code))
     os.replace(partial, target)
@@ -361,8 +365,9 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def _value_of(flag: str, flags: str) -> int:
+    """The last value counts, as on a command line."""
     words = flags.split()
-    return int(words[words.index(flag) + 1])
+    return int(words[max(i for i, word in enumerate(words) if word == flag) + 1])
 
 
 def create_argparser() -> argparse.ArgumentParser:
@@ -373,6 +378,9 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--out_dir", required=True, help="receives a folder for each arm")
     parser.add_argument("--channels", default="T1CE,Seg", help="channels, Seg among them")
     parser.add_argument("--arms", default="all", help="names of ARMS, separated by semicolons")
+    parser.add_argument(
+        "--flags", default="", help="of every training, in place of the same flags here"
+    )
     parser.add_argument("--images", type=int, default=3000, help="images seen in a training")
     parser.add_argument(
         "--at",

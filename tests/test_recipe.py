@@ -137,9 +137,9 @@ def test_level_errors_of_a_model_that_predicts_zero(slices, tmp_path, predict_v)
 
 
 def test_a_study_is_made_once_and_measured(slices, tmp_path, monkeypatch, capsys):
-    network = "--image_size 32 --num_channels 32 --num_res_blocks 1 --channel_mult 1,1"
+    network = "--image_size 64 --num_channels 32 --num_res_blocks 1 --channel_mult 1,1"
     monkeypatch.setattr(recipe, "NETWORK", f"{network} --attention_resolutions 8 --num_heads 1")
-    training = "--batch_size 4 --num_workers 0 --sample_interval 0 --eval_interval 0"
+    training = "--batch_size 8 --num_workers 0 --sample_interval 0 --eval_interval 0"
     monkeypatch.setattr(recipe, "TRAINING", training)
     arms = {
         "bits": recipe.Arm(f"{recipe.VELOCITY} --mask_encoding bits"),
@@ -150,10 +150,12 @@ def test_a_study_is_made_once_and_measured(slices, tmp_path, monkeypatch, capsys
     out = tmp_path / "study"
     argv = ["recipe", "--data_dir", str(slices), "--out_dir", str(out), "--images", "8"]
     argv += ["--channels", ",".join(CHANNELS), "--samples", "3", "--at", "1", "--workers", "1"]
+    argv += ["--flags", "--batch_size 4 --image_size 32"]
     monkeypatch.setattr("sys.argv", [*argv, "--arms", "bits;bits, 2 steps"])
     recipe.main()
     files = [path for path in out.rglob("*") if path.is_file()]
     assert sum(path.name.startswith("samples") for path in files) == 2
+    assert (out / "bits" / "seed0" / "run" / "model000002.pt").exists()
     before = {path: path.stat().st_mtime_ns for path in files if path.suffix in (".npz", ".pt")}
     recipe.main()
     assert {path: path.stat().st_mtime_ns for path in before} == before
