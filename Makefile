@@ -17,7 +17,7 @@ READY = $(VENV)/.ready-torch-$(TORCH_VERSION)
 .PHONY: demo test soak lint format venv clean-demo
 
 test: $(READY)
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 # The files of a run that was killed again and again against those of one that was not.
 soak: $(READY)

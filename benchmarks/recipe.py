@@ -141,13 +141,14 @@ class Study:
         self.steps = [round(args.images * part / self.batch) for part in args.at]
         self.size = _value_of("--image_size", self.flags)
         self.channels = brats.parse_channels(args.channels)
+        self.seeds = range(args.seed, args.seed + args.seeds)
 
     def run(self, names: list[str]) -> None:
         """Train and sample what is missing, several arms side by side on a thread each."""
         # Made before the arms read it.
         data = find_training_data(self.args.data_dir, channels=self.channels, in_channels=None)
         data.batches(self.batch, self.size, seed=0, pack_dir=str(self.folder / "pack"))
-        jobs = [(name, seed) for seed in range(self.args.seeds) for name in names]
+        jobs = [(name, seed) for seed in self.seeds for name in names]
         trained = [job for job in jobs if not ARMS[job[0]].trained_as]
         others = [job for job in jobs if ARMS[job[0]].trained_as]
         with ThreadPoolExecutor(self.args.workers) as pool:
@@ -211,7 +212,7 @@ class Study:
         first = []
         for name in names:
             for steps in self.steps:
-                for seed in range(self.args.seeds):
+                for seed in self.seeds:
                     images = steps * self.batch
                     with np.load(self._folder(name, seed) / f"samples{images}.npz") as arrays:
                         levels, off_code = arrays["levels"], arrays["off_code"]
@@ -395,7 +396,9 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--sampling", default="", help="with --draw: sampler:steps:clip_denoised, see Arm"
     )
-    parser.add_argument("--seed", type=int, default=0, help="with --draw: of the noise")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the first training; with --draw: of the noise"
+    )
     return parser
 
 

@@ -96,7 +96,7 @@ def test_the_cost_of_arms(monkeypatch, capsys):
     network = "--image_size 32 --num_channels 32 --num_res_blocks 1 --channel_mult 1,1"
     monkeypatch.setattr(recipe, "NETWORK", f"{network} --attention_resolutions 8 --num_heads 1")
     argv = "--batch_size 2 --rounds 1 --steps 1 --threads 1".split()
-    arms = ["cosine, one-hot", "cosine, self-conditioned", "brats"]
+    arms = ["cosine, self-conditioned", "brats"]
     monkeypatch.setattr("sys.argv", ["recipe_cost", "--arms", ";".join(arms), *argv])
     recipe_cost.main()
     rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines() if "|" in line][2:]
@@ -150,12 +150,13 @@ def test_a_study_is_made_once_and_measured(slices, tmp_path, monkeypatch, capsys
     out = tmp_path / "study"
     argv = ["recipe", "--data_dir", str(slices), "--out_dir", str(out), "--images", "8"]
     argv += ["--channels", ",".join(CHANNELS), "--samples", "3", "--at", "1", "--workers", "1"]
-    argv += ["--flags", "--batch_size 4 --image_size 32"]
+    argv += ["--flags", "--batch_size 4 --image_size 32", "--seed", "3"]
     monkeypatch.setattr("sys.argv", [*argv, "--arms", "bits;bits, 2 steps"])
     recipe.main()
     files = [path for path in out.rglob("*") if path.is_file()]
     assert sum(path.name.startswith("samples") for path in files) == 2
-    assert (out / "bits" / "seed0" / "run" / "model000002.pt").exists()
+    model = out / "bits" / "seed3" / "run" / "model000002.pt"
+    assert load_model_and_diffusion(str(model)).flags["image_size"] == 32
     before = {path: path.stat().st_mtime_ns for path in files if path.suffix in (".npz", ".pt")}
     recipe.main()
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -163,15 +164,15 @@ def test_a_study_is_made_once_and_measured(slices, tmp_path, monkeypatch, capsys
     rows = json.loads((out / "recipe.json").read_text())
     assert [(row["arm"], row.get("images"), row.get("seed")) for row in rows] == [
         ("real test slices", None, None),
-        ("bits", 8, 0),
-        ("bits, 2 steps", 8, 0),
+        ("bits", 8, 3),
+        ("bits, 2 steps", 8, 3),
     ]
-    with np.load(out / "bits" / "seed0" / "samples8.npz") as arrays:
+    with np.load(out / "bits" / "seed3" / "samples8.npz") as arrays:
         assert arrays["levels"].shape == (3, 32, 32, 3) and arrays["off_code"].min() > 0
         assert set(np.unique(arrays["levels"][..., MASK])) <= {0, 51, 102, 204}
         assert rows[1]["off_code"]["value"] == pytest.approx(arrays["off_code"].mean())
     assert Image.open(out / "recipe.png").width > 100
-    assert "| bits, 2 steps | 8 | 0 |" in capsys.readouterr().out
+    assert "| bits, 2 steps | 8 | 3 |" in capsys.readouterr().out
 
     monkeypatch.setattr("sys.argv", [*argv, "--arms", "wrong"])
     with pytest.raises(ValueError, match=r"image_train\.py .* failed; .*train\.txt tells why"):

@@ -148,15 +148,15 @@ def workers_of(run):
     return found
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_torchrun_restarts_from_the_latest_checkpoint(undisturbed, slices, tmp_path, victim):
-    """Without another word on the command line; what the killed process held is let go."""
+def test_torchrun_restarts_from_the_latest_checkpoint(undisturbed, slices, tmp_path):
+    """Without another word on the command line; what the killed process, the one that writes,
+    held is let go."""
     run = tmp_path / "run"
     argv = ["--max_steps", "24", "--resume_checkpoint", ""]
     launcher = [*TORCHRUN, "--max-restarts", "1"]
     process = train(slices, run, *argv, launcher=launcher, wait=False)
     wait_for(lambda: checkpoint.complete_steps(str(run)))
-    os.kill(workers_of(run)[victim], signal.SIGKILL)
+    os.kill(workers_of(run)[0], signal.SIGKILL)
     assert process.wait(timeout=120) == 0, run.with_suffix(".txt").read_text()
     assert "resuming from" in run.with_suffix(".txt").read_text()
     assert_equal_runs(run, undisturbed, 24)
