@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import relative_error
+from PIL import Image
 from test_execution import inputs as three_images
 from test_execution import network
 from test_train_util import batch_of_four, gradient, unet_loop
-from test_unet import NETWORKS, fill, inputs
+from test_unet import NETWORKS, assert_equals_the_reference
 
 from improved_diffusion import execution, sampling
 from improved_diffusion.cost import training_cost
@@ -21,7 +21,6 @@ from improved_diffusion.script_util import (
     create_model_and_diffusion,
     model_and_diffusion_defaults,
 )
-from improved_diffusion.unet import UNetModel
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 GPU = torch.device("cuda")
@@ -43,17 +42,7 @@ def no_gpu(monkeypatch):
 
 @pytest.mark.parametrize("name", NETWORKS)
 def test_output_and_gradients_equal_the_reference(golden, name):
-    about, arrays = golden("unet.json")[name], golden("unet.npz")
-    model = fill(UNetModel(**about["kwargs"])).to(GPU)
-    x, t, extra = inputs(golden, name)
-    x = x.to(GPU).requires_grad_()
-    out = model(x, t.to(GPU), **{key: value.to(GPU) for key, value in extra.items()})
-    assert relative_error(out.detach().cpu(), arrays[f"{name}/out"]) < 1e-4
-    out.square().mean().backward()
-    assert relative_error(x.grad.cpu(), arrays[f"{name}/grad_x"]) < 1e-4
-    for key, parameter in model.named_parameters():
-        expected = about["grad_norms"][key]
-        assert abs(parameter.grad.norm().item() - expected) <= 1e-4 * expected + 1e-5, key
+    assert_equals_the_reference(golden, name, GPU)
 
 
 @pytest.mark.parametrize(("name", "error"), [("float32", 1e-4), ("bfloat16", 0.03)])
@@ -178,8 +167,6 @@ def test_scripts_train_continue_and_sample_on_the_gpu(tmp_path):
     """In bfloat16 and compiled, as they do by default."""
     data = tmp_path / "pictures"
     data.mkdir()
-    from PIL import Image
-
     for i in range(8):
         levels = np.full((32, 32, 3), 20 * i, np.uint8)
         Image.fromarray(levels).save(data / f"{i}.png")

@@ -50,20 +50,25 @@ def inputs(golden, name):
     return x, t, extra
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_output_and_gradients_equal_the_reference(golden, name):
+def assert_equals_the_reference(golden, name, device):
+    """Output and gradients of a network on a device."""
     about, arrays = golden("unet.json")[name], golden("unet.npz")
-    model = fill(UNetModel(**about["kwargs"]))
+    model = fill(UNetModel(**about["kwargs"])).to(device)
     assert sum(p.numel() for p in model.parameters()) == about["parameters"]
     x, t, extra = inputs(golden, name)
-    x.requires_grad_()
-    out = model(x, t, **extra)
-    assert relative_error(out.detach(), arrays[f"{name}/out"]) < 1e-4
+    x = x.to(device).requires_grad_()
+    out = model(x, t.to(device), **{key: value.to(device) for key, value in extra.items()})
+    assert relative_error(out.detach().cpu(), arrays[f"{name}/out"]) < 1e-4
     out.square().mean().backward()
-    assert relative_error(x.grad, arrays[f"{name}/grad_x"]) < 1e-4
+    assert relative_error(x.grad.cpu(), arrays[f"{name}/grad_x"]) < 1e-4
     for key, parameter in model.named_parameters():
         expected = about["grad_norms"][key]
         assert abs(parameter.grad.norm().item() - expected) <= 1e-4 * expected + 1e-5, key
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_output_and_gradients_equal_the_reference(golden, name):
+    assert_equals_the_reference(golden, name, "cpu")
 
 
 def test_super_resolution_equals_the_reference(golden):
