@@ -104,6 +104,11 @@ ARMS = {
     "brats": Arm("--preset brats", sampling="::auto"),
     "brats, grey masks": Arm("--preset brats --mask_encoding grey", sampling="::auto"),
     "brats, min-SNR": Arm("--preset brats --loss_weighting min_snr", sampling="::auto"),
+    # For long trainings: a rate that falls to 0, and an average over a good part of the training
+    # (Karras et al. 2024).
+    "brats, long": Arm(
+        "--preset brats --lr_anneal_steps {steps} --ema_sigma_rel 0.2", "ema_p0.2", "::auto"
+    ),
     # For images larger than 64 x 64.
     "brats, shifted": Arm("--preset brats --snr_shift auto", sampling="::auto"),
 }
