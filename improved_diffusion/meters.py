@@ -74,9 +74,13 @@ class LossMeter:
         return {name: dist_util.gather_rows(sums[None]) for name, sums in self._sums.items()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from :meth:`state_dict`'s result, which may be of more or fewer processes."""
+        """Go on from :meth:`state_dict`'s result, which may be of more or fewer processes.
+
+        Files from before there were several processes hold [groups, 2].
+        """
         rank, world_size = dist_util.rank(), dist_util.world_size()
         for name, sums in state.items():
+            sums = sums.reshape(-1, *sums.shape[-2:])
             if len(sums) == world_size:
                 self._sums[name] = sums[rank].clone()
             else:

@@ -576,6 +576,24 @@ def test_optimizer_state_of_the_reference_is_read(tmp_path):
     assert_equal(resumed.opt.state_dict()["state"], loop.opt.state_dict()["state"])
 
 
+def test_a_checkpoint_of_the_first_version_is_continued(tmp_path):
+    """Its sums between two rows of the log were those of the one process, and no skips counted."""
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    make(whole, max_steps=10).run_loop()
+    make(parts, max_steps=7).run_loop()
+    path = str(parts / checkpoint.opt_name(7))
+    state = checkpoint.load(path)
+    training = state["training"]
+    log = training["log"]
+    log["losses"] = {name: sums[0] for name, sums in log["losses"].items()}
+    state["training"] = {"step": 7, "flags": training["flags"], "log": log}
+    torch.save(state, path)
+    model = str(parts / checkpoint.model_name(7))
+    make(parts, max_steps=10, start=7, resume_checkpoint=model).run_loop()
+    assert_equal(states(parts, 10), states(whole, 10))
+    assert (parts / "progress.csv").read_bytes() == (whole / "progress.csv").read_bytes()
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_finishes_the_step_and_saves(tmp_path, number):
     def data():
