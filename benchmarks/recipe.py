@@ -151,7 +151,9 @@ class Study:
     def run(self, names: list[str]) -> None:
         """Train and sample what is missing, several arms side by side on a thread each."""
         # Made before the arms read it.
-        data = find_training_data(self.args.data_dir, channels=self.channels, in_channels=None)
+        data = find_training_data(
+            self.args.data_dir, channels=self.channels, in_channels=None, split=self.args.split
+        )
         data.batches(self.batch, self.size, seed=0, pack_dir=str(self.folder / "pack"))
         jobs = [(name, seed) for seed in self.seeds for name in names]
         trained = [job for job in jobs if not ARMS[job[0]].trained_as]
@@ -169,6 +171,7 @@ class Study:
             flags = f"{self.flags} {arm.flags.format(steps=self.steps[-1])}"
             command = [sys.executable, str(ROOT / "scripts/image_train.py"), *flags.split()]
             command += ["--data_dir", self.args.data_dir, "--channels", ",".join(self.channels)]
+            command += ["--split", self.args.split]
             command += ["--pack_dir", str(self.folder / "pack"), "--seed", str(seed)]
             command += ["--max_steps", str(self.steps[-1]), "--save_interval", str(self.steps[0])]
             command += ["--out_dir", str(run), "--resume_checkpoint", "latest"]
@@ -383,6 +386,7 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--data_dir", help="slice folder with dataset.json")
     parser.add_argument("--out_dir", required=True, help="receives a folder for each arm")
     parser.add_argument("--channels", default="T1CE,Seg", help="channels, Seg among them")
+    parser.add_argument("--split", default="train", help="patients to train on: train or all")
     parser.add_argument("--arms", default="all", help="names of ARMS, separated by semicolons")
     parser.add_argument(
         "--flags", default="", help="of every training, in place of the same flags here"

@@ -150,13 +150,15 @@ def test_a_study_is_made_once_and_measured(slices, tmp_path, monkeypatch, capsys
     out = tmp_path / "study"
     argv = ["recipe", "--data_dir", str(slices), "--out_dir", str(out), "--images", "8"]
     argv += ["--channels", ",".join(CHANNELS), "--samples", "3", "--at", "1", "--workers", "1"]
-    argv += ["--flags", "--batch_size 4 --image_size 32", "--seed", "3"]
+    argv += ["--flags", "--batch_size 4 --image_size 32", "--seed", "3", "--split", "all"]
     monkeypatch.setattr("sys.argv", [*argv, "--arms", "bits;bits, 2 steps"])
     recipe.main()
     files = [path for path in out.rglob("*") if path.is_file()]
     assert sum(path.name.startswith("samples") for path in files) == 2
     model = out / "bits" / "seed3" / "run" / "model000002.pt"
     assert load_model_and_diffusion(str(model)).flags["image_size"] == 32
+    state = checkpoint.load(str(model.with_name("opt000002.pt")))
+    assert state["training"]["flags"]["split"] == "all"
     before = {path: path.stat().st_mtime_ns for path in files if path.suffix in (".npz", ".pt")}
     recipe.main()
     assert {path: path.stat().st_mtime_ns for path in before} == before
