@@ -67,6 +67,8 @@ RGB: Flags = {"in_channels": 3}
 
 RAW = "model"
 EMA_AND_RAW = ("ema_0.9999", RAW)
+# The share of the training over which the recipe's average goes.
+LONG_AVERAGE = "0.2"
 
 # As many samples as figures.py shows by default.
 EVOLUTION_ROWS = 4
@@ -137,7 +139,8 @@ def slices(channels: str) -> Flags:
 
 
 def in_recipe(channels: str, max_steps: int) -> Experiment:
-    """The same network of these channels, trained as ``--preset brats`` says.
+    """The same network of these channels, trained as ``--preset brats`` says, with a learning rate
+    that falls to 0 and a long average, as docs/recipe.md advises where the end is known.
 
     :param max_steps: a third of the steps, and so of the images, of the report's experiment.
     """
@@ -155,9 +158,20 @@ def in_recipe(channels: str, max_steps: int) -> Experiment:
             microbatch="auto",
             save_interval=5_000,
             ema_warmup=None,
-            more={"precision": "auto", "keep_checkpoints": 4},
+            more={
+                "precision": "auto",
+                "keep_checkpoints": 4,
+                "lr_anneal_steps": max_steps,
+                "ema_sigma_rel": LONG_AVERAGE,
+            },
         ),
-        Sampling(batch_size="auto", num_samples=1000, steps=(max_steps,), sampler=""),
+        Sampling(
+            batch_size="auto",
+            num_samples=1000,
+            steps=(max_steps,),
+            types=(f"ema_p{LONG_AVERAGE}",),
+            sampler="",
+        ),
         in_report=False,
     )
 

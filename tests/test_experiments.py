@@ -99,12 +99,14 @@ TRAIN = {
     "two_channel_brats": (
         "--out_dir Checkpoints/two_channel_brats --log_interval 10 --save_interval 5000 "
         f"{TWO_BRATS} --lr 1e-4 --batch_size 128 --microbatch auto --ema_rate 0.9999 "
-        "--max_steps 20000 --precision auto --keep_checkpoints 4"
+        "--max_steps 20000 --precision auto --keep_checkpoints 4 --lr_anneal_steps 20000 "
+        "--ema_sigma_rel 0.2"
     ),
     "five_channel_brats": (
         "--out_dir Checkpoints/five_channel_brats --log_interval 10 --save_interval 5000 "
         f"{FIVE_BRATS} --lr 1e-4 --batch_size 128 --microbatch auto --ema_rate 0.9999 "
-        "--max_steps 15000 --precision auto --keep_checkpoints 4"
+        "--max_steps 15000 --precision auto --keep_checkpoints 4 --lr_anneal_steps 15000 "
+        "--ema_sigma_rel 0.2"
     ),
 }
 # The flags before --model_path, and the checkpoints.
@@ -147,11 +149,11 @@ SAMPLE = {
     ),
     "two_channel_brats": (
         f"{TWO_BRATS} --batch_size auto --num_samples 1000",
-        ["ema_0.9999_020000"],
+        ["ema_p0.2_020000"],
     ),
     "five_channel_brats": (
         f"{FIVE_BRATS} --batch_size auto --num_samples 1000",
-        ["ema_0.9999_015000"],
+        ["ema_p0.2_015000"],
     ),
 }
 NAMES = sorted(TRAIN)
@@ -591,6 +593,7 @@ def test_each_experiment_trains_and_samples(name, work, trained):
         assert own == {**RECIPES["brats"], "batch_size": used["batch_size"]}
         assert used["lr"] == 1e-4
         assert used["keep_checkpoints"] == 4
+        assert used["lr_anneal_steps"] == 15_000
 
     shown = script_of(name, "sample") if not channels else "two_channel_exp4/sample.py"
     flags = readme_flags(shown)
@@ -605,7 +608,7 @@ def test_each_experiment_trains_and_samples(name, work, trained):
     output = succeeds(script_of(name, "sample"), *flags, cwd=work)
 
     samples = work / "Samples" / name
-    kinds = ["ema_0.9999_"]
+    kinds = ["ema_p0.2_"] if name in IN_RECIPE else ["ema_0.9999_"]
     if name in ("two_channel_exp4", "five_channel_exp1"):
         kinds.append("model")
     steps = (1, 2) if "1,2" in flags else (2,)
