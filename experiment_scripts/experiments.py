@@ -67,7 +67,7 @@ RGB: Flags = {"in_channels": 3}
 
 RAW = "model"
 EMA_AND_RAW = ("ema_0.9999", RAW)
-# The share of the training over which the recipe's average goes.
+# The length of the recipe's average, as a share of the training (--ema_sigma_rel).
 LONG_AVERAGE = "0.2"
 
 # As many samples as figures.py shows by default.
