@@ -386,7 +386,11 @@ def create_argparser() -> argparse.ArgumentParser:
     parser.add_argument("--data_dir", help="slice folder with dataset.json")
     parser.add_argument("--out_dir", required=True, help="receives a folder for each arm")
     parser.add_argument("--channels", default="T1CE,Seg", help="channels, Seg among them")
-    parser.add_argument("--split", default="train", help="patients to train on: train or all")
+    parser.add_argument(
+        "--split",
+        default="train",
+        help="patients to train on: train, or all, those that are compared with among them",
+    )
     parser.add_argument("--arms", default="all", help="names of ARMS, separated by semicolons")
     parser.add_argument(
         "--flags", default="", help="of every training, in place of the same flags here"
